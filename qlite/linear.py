@@ -1,0 +1,339 @@
+"""Linear layers whose weight is encoded, and the call that puts them in place of a model's dense ones.
+
+`Linear4bit` and `Linear8bit` hold integers as Parameters without gradient and scales as buffers, so `state_dict` is plain
+tensors and `.to(device)` works; `.to(dtype)`, `.half()` and autocast leave codes and scales alone. Encoding is an explicit
+call (`quantize_`), never a side effect of a move. After QLoRA (arXiv 2305.14314), section 3, and LLM.int8()
+(arXiv 2208.07339).
+
+Not done here: embeddings, convolutions, 3-D expert weights; they are reported as left alone.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlite import nf4, ops
+from qlite.nf4 import FP4_LEVELS, NF4_LEVELS, NF4Tensor
+
+
+class QuantizedLinear(nn.Module, abc.ABC):
+    """A linear layer over an encoded weight: what modules and files need to know of any of them.
+
+    Attributes:
+        in_features, out_features: as in nn.Linear. bias: Parameter (out_features,) or None.
+        dtype: dtype of `dequantize`; the forward follows the dtype of its input.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype | None):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.dtype = dtype or torch.get_default_dtype()
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=self.dtype)) if bias else None
+
+    @abc.abstractmethod
+    def quantize_(self, dense: Tensor) -> QuantizedLinear:
+        """Encodes `dense` (out_features, in_features) on its device into this module, and returns the module.
+
+        Raises:
+            ValueError: another shape, or a non-finite value. TypeError: not floating point.
+        """
+
+    @abc.abstractmethod
+    def dequantize(self) -> Tensor:
+        """Returns the weight (out_features, in_features) decoded into `self.dtype`."""
+
+    @abc.abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Returns the JSON-able options that a module of the same layout is built from, under "format" its name."""
+
+    def _check_dense(self, dense: Tensor) -> None:
+        if dense.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"quantize_: weight has shape {tuple(dense.shape)}; "
+                f"wanted (out_features, in_features) = ({self.out_features}, {self.in_features})"
+            )
+
+    def _encoded_bytes(self) -> int:
+        tensors = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Moves state where `fn` moves it, but shows `fn` bytes only: a cast finds nothing to cast but the bias."""
+
+        def on_bytes(tensor: Tensor) -> Tensor:
+            if tensor is self.bias or tensor.dtype == torch.uint8:
+                return fn(tensor)
+            return fn(tensor.view(torch.uint8)).view(tensor.dtype)
+
+        super()._apply(on_bytes, recurse)
+        if self.bias is not None:
+            self.dtype = self.bias.dtype
+        return self
+
+    def extra_repr(self) -> str:
+        """Returns what `print(module)` shows: sizes and the options of the format."""
+        options = ", ".join(f"{key}={value}" for key, value in self.config().items() if key != "levels")
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {options}"
+
+
+class Linear4bit(QuantizedLinear):
+    """`x @ weight.T + bias` over a weight of four bits; gradients flow to x and bias, the weight has none.
+
+    With B = ceil(in_features / block_size), the state is: `weight` uint8 (out, ceil(in / 2)); `absmax` uint8 (out, B)
+    under double quantization, else float32; `absmax_scale` float32 (ceil(out * B / 256),) and `absmax_offset` float32
+    (1,) under double quantization alone; `levels` float32 (16,); `bias`.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in nn.Linear.
+        block_size: weights per absmax: 32, 64, ..., 4096.
+        double_quant: the absmax values are encoded in 8 bits.
+        levels: 16 values in [-1, 1]: nf4.NF4_LEVELS (default), nf4.FP4_LEVELS or a table of one's own.
+
+    Raises:
+        ValueError: a bad block size or table.
+
+    Source: QLoRA (arXiv 2305.14314), eq. 5.
+
+    Example:
+        >>> layer = qlite.Linear4bit(128, 64, bias=False).quantize_(torch.randn(64, 128))
+        >>> layer(torch.randn(2, 128)).shape
+        torch.Size([2, 64])
+    """
+
+    absmax: Tensor
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+    levels: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        block_size: int = 64,
+        double_quant: bool = True,
+        levels: Sequence[float] = NF4_LEVELS,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        ops.check_block_size(block_size)
+        self.block_size, self.double_quant = block_size, double_quant
+        self._table = tuple(levels)
+        table = ops.levels_tensor(levels, "cpu")
+        blocks = nf4.blocks_per_row(in_features, block_size)
+        codes = torch.zeros(out_features, (in_features + 1) // 2, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        if double_quant:
+            absmax = torch.zeros(out_features, blocks, dtype=torch.uint8, device=device)
+            self.absmax = nn.Parameter(absmax, requires_grad=False)
+            groups = -(-out_features * blocks // nf4.ABSMAX_BLOCK_SIZE)
+            self.register_buffer("absmax_scale", torch.zeros(groups, device=device, dtype=torch.float32))
+            self.register_buffer("absmax_offset", torch.zeros(1, device=device, dtype=torch.float32))
+        else:
+            zeros = torch.zeros(out_features, blocks, device=device, dtype=torch.float32)
+            self.register_buffer("absmax", zeros)
+            self.absmax_scale = self.absmax_offset = None
+        self.register_buffer("levels", table.to(self.weight.device))
+
+    def quantize_(self, dense: Tensor) -> Linear4bit:
+        """Encodes `dense` (out_features, in_features) on its device into this module; see QuantizedLinear."""
+        self._check_dense(dense)
+        encoded = ops.quantize_nf4(
+            dense, block_size=self.block_size, double_quant=self.double_quant, levels=self._table
+        )
+        self.weight = nn.Parameter(encoded.codes, requires_grad=False)
+        if self.double_quant:
+            self.absmax = nn.Parameter(encoded.absmax, requires_grad=False)
+            self.absmax_scale, self.absmax_offset = encoded.absmax_scale, encoded.absmax_offset
+        else:
+            self.absmax = encoded.absmax
+        self.levels = encoded.levels
+        return self
+
+    def encoded(self) -> NF4Tensor:
+        """Returns the weight as an NF4Tensor that shares this module's memory."""
+        shape = torch.Size((self.out_features, self.in_features))
+        return NF4Tensor(
+            self.weight, self.absmax, self.absmax_scale, self.absmax_offset, self.levels,
+            shape, self.dtype, self.block_size,
+        )  # fmt: skip
+
+    def dequantize(self) -> Tensor:
+        """Returns the weight (out_features, in_features) decoded into `self.dtype`."""
+        return self.encoded().dequantize()
+
+    def config(self) -> dict[str, Any]:
+        """Returns {"format": "nf4" | "fp4" | "custom4", "block_size", "double_quant"} and, for a custom table, "levels"."""
+        named = {NF4_LEVELS: "nf4", FP4_LEVELS: "fp4"}.get(self._table)
+        options = {"format": named or "custom4", "block_size": self.block_size, "double_quant": self.double_quant}
+        return options if named else {**options, "levels": list(self._table)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (..., out_features) in the dtype of x (..., in_features)."""
+        return ops.linear_nf4(x, self.encoded(), self.bias)
+
+
+class Linear8bit(QuantizedLinear):
+    """`x @ weight.T + bias` over a row-wise absmax int8 weight; gradients flow to x and bias, the weight has none.
+
+    State: `weight` int8 (out, in); `absmax` float32 (out, 1); `bias`.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in nn.Linear.
+
+    Source: LLM.int8() (arXiv 2208.07339), section 2.1.
+
+    Example:
+        >>> layer = qlite.Linear8bit(128, 64).quantize_(torch.randn(64, 128))
+        >>> layer(torch.randn(2, 128)).shape
+        torch.Size([2, 64])
+    """
+
+    absmax: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("absmax", torch.zeros(out_features, 1, device=device, dtype=torch.float32))
+
+    def quantize_(self, dense: Tensor) -> Linear8bit:
+        """Encodes `dense` (out_features, in_features) on its device into this module; see QuantizedLinear."""
+        self._check_dense(dense)
+        encoded = ops.quantize_int8(dense)
+        self.weight = nn.Parameter(encoded.codes, requires_grad=False)
+        self.absmax = encoded.absmax
+        return self
+
+    def dequantize(self) -> Tensor:
+        """Returns the weight (out_features, in_features) decoded into `self.dtype`."""
+        return ops.dequantize_int8_rows(self.weight, self.absmax, self.dtype)
+
+    def config(self) -> dict[str, Any]:
+        """Returns {"format": "int8"}."""
+        return {"format": "int8"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (..., out_features) in the dtype of x (..., in_features)."""
+        return ops.linear_int8(x, self.weight, self.absmax, self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantize_model` did; `print` it.
+
+    Attributes:
+        quantized: name -> (bytes before, bytes after) of each linear layer that was replaced, bias included.
+        skipped: name -> (bytes, reason) of each layer with weights of its own that was left as it was.
+    """
+
+    quantized: dict[str, tuple[int, int]]
+    skipped: dict[str, tuple[int, str]]
+
+    def __str__(self) -> str:
+        before = sum(sizes[0] for sizes in self.quantized.values())
+        after = sum(sizes[1] for sizes in self.quantized.values())
+        lines = [f"quantized {len(self.quantized)} linear layers: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB"]
+        reasons: dict[str, list[int]] = {}
+        for size, reason in self.skipped.values():
+            reasons.setdefault(reason, []).append(size)
+        lines += [f"left {len(s)} x {sum(s) / 1e6:,.1f} MB: {reason}" for reason, s in reasons.items()]
+        return "\n".join(lines)
+
+
+def _own_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+
+
+def _reason_to_skip(name: str, module: nn.Module, skip: Sequence[str], owners: dict[int, list[str]]) -> str | None:
+    """Returns why a module is left dense, or None where it is to be quantized."""
+    if isinstance(module, QuantizedLinear):
+        return "already quantized"
+    if not isinstance(module, nn.Linear):
+        return f"not a linear layer ({type(module).__name__})"
+    if any(name == entry or name.endswith("." + entry) for entry in skip):
+        return f"named in skip ({name.rpartition('.')[2]})"
+    shared = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
+    if shared:
+        return f"its weight is also {shared[0]}"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}"
+    return None
+
+
+def quantize_model(
+    model: nn.Module, kind: Callable[..., QuantizedLinear] = Linear4bit, *, skip: Sequence[str] = ("lm_head",)
+) -> QuantizationReport:
+    """Returns a report, having replaced the model's nn.Linear layers (and subclasses of it) by `kind`, in place.
+
+    Layers on the meta device become empty `kind` layers there, for `load_checkpoint` to fill; others are encoded at once,
+    on their device, one at a time. Embeddings are not linear layers and stay; a weight that is shared with another module
+    stays too. The layer's training flag is kept.
+
+    Args:
+        model: any module; it may not itself be the linear layer.
+        kind: Linear4bit, Linear8bit, or functools.partial of one: called with in_features, out_features, bias=, device=,
+            dtype=.
+        skip: names, or last parts of dotted names, of layers to leave alone.
+
+    Raises:
+        ValueError: nothing was quantized (the report says why); a name in skip that is no linear layer is allowed, since
+            models differ in having a head; a weight is not finite (the layer is named).
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> len(qlite.quantize_model(model, qlite.Linear4bit, skip=["2"]).quantized)
+        1
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    report = QuantizationReport({}, {})
+    for name, module in list(model.named_modules()):
+        size = _own_bytes(module)
+        if not size:
+            continue
+        reason = _reason_to_skip(name, module, skip, owners) if name else "it is the model itself"
+        if reason is not None or not isinstance(module, nn.Linear):
+            report.skipped[name] = (size, reason or "")
+            continue
+        replacement = _quantized(name, module, kind)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, replacement)
+        report.quantized[name] = (size, replacement._encoded_bytes())
+    if not report.quantized:
+        raise ValueError(f"quantize_model: no linear layer of {type(model).__name__} was quantized.\n{report}")
+    return report
+
+
+def _quantized(name: str, linear: nn.Linear, kind: Callable[..., QuantizedLinear]) -> QuantizedLinear:
+    """Returns the layer of `kind` that takes the place of `linear`."""
+    weight = linear.weight
+    has_bias = linear.bias is not None
+    layer = kind(linear.in_features, linear.out_features, bias=has_bias, device="meta", dtype=weight.dtype)
+    if weight.device.type != "meta":
+        try:
+            layer.quantize_(weight.detach())
+        except ValueError as error:
+            raise ValueError(f"quantize_model: {name}: {error}") from error
+    if has_bias:
+        layer.bias = linear.bias
+    return layer.train(linear.training)

@@ -1,0 +1,217 @@
+"""Four bits per weight: blockwise 16-level formats (NF4, FP4, any table of 16), with double-quantized absmax.
+
+A row is cut into blocks; each block keeps its largest magnitude, and each weight the index of the level nearest to its
+share of it. QLoRA (arXiv 2305.14314), section 3: eq. 4 gives the normal-float levels, "Double Quantization" encodes the
+absmax values themselves in 8 bits. Blocks never cross a row, so dim 0 stays a real dimension; where a row is a whole
+number of blocks the bytes are those of bitsandbytes' flat layout.
+
+The functions here are the specification that kernels are held against, in plain PyTorch. Not done here: choosing between
+reference and kernel (ops.py), modules (linear.py), a search for a better scale than absmax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from qlite.dynamic8 import dequantize_dynamic8, quantize_dynamic8, reciprocal
+
+# The float32 constants published with QLoRA: normal quantiles normalised to [-1, 1]; tests derive them to 1e-7.
+NF4_LEVELS: tuple[float, ...] = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# Sign in bit 3, two exponent bits, one mantissa bit, divided by 12: the code order is that of the bits, not sorted.
+FP4_LEVELS: tuple[float, ...] = (
+    0.0, 0.0052083334885537624, 0.6666666865348816, 1.0,
+    0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+    0.0, -0.0052083334885537624, -0.6666666865348816, -1.0,
+    -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
+)  # fmt: skip
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+#: Absmax values that share one second-level scale.
+ABSMAX_BLOCK_SIZE = 256
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NF4Tensor:
+    """An encoded tensor: codes, block scales, and what is needed to decode them. A value; nothing in it is trained.
+
+    With R rows (the product of all dimensions but the last), C columns and B = ceil(C / block_size) blocks a row:
+
+    Attributes:
+        codes: uint8 (R, ceil(C / 2)); two codes a byte, the first in the high nibble.
+        absmax: float32 (R, B), or uint8 (R, B) under double quantization.
+        absmax_scale: float32 (ceil(R * B / 256),) under double quantization, else None.
+        absmax_offset: float32 (1,), the mean that was subtracted, under double quantization, else None.
+        levels: float32 (16,).
+        shape: of the tensor that was encoded. dtype: its dtype, and the default of `dequantize`.
+        block_size: weights per absmax.
+
+    Example:
+        >>> q = qlite.quantize_nf4(torch.randn(8, 128))
+        >>> q.dequantize().shape
+        torch.Size([8, 128])
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+    levels: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    block_size: int
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the absmax values are themselves encoded in 8 bits."""
+        return self.absmax_scale is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, absmax, second-level scales and offset (the 64 bytes of the table left out)."""
+        tensors = (self.codes, self.absmax, self.absmax_scale, self.absmax_offset)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """`8 * nbytes / numel`; 4.127 for whole blocks of 64 under double quantization."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the decoded tensor, of `shape`, in `dtype` (default: the dtype that was encoded)."""
+        decoded = torch.ops.qlite.dequantize_nf4(
+            self.codes, self.absmax, self.absmax_scale, self.absmax_offset, self.levels,
+            row_length(self.shape), self.block_size, dtype or self.dtype,
+        )  # fmt: skip
+        return decoded.view(self.shape)
+
+    def to(self, device: torch.device | str) -> NF4Tensor:
+        """Returns the same value on another device; nothing is decoded on the way."""
+        moved = {
+            field.name: getattr(self, field.name).to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+def row_length(shape: torch.Size) -> int:
+    """Returns the number of weights in a row: the last dimension, or 1 for a scalar."""
+    return shape[-1] if shape else 1
+
+
+def blocks_per_row(in_features: int, block_size: int) -> int:
+    """Returns the number of blocks in a row; the last may be short."""
+    return -(-in_features // block_size)
+
+
+def decision_table(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns `(midpoints, order)`: the code of y is `order[number of midpoints < y]`, so a tie takes the lower level.
+
+    midpoints: float32 (15,), ascending. order: uint8 (16,). A level that occurs twice (FP4 has two zeros) keeps its
+    first code; the places left over hold an infinite midpoint, which no y exceeds.
+    """
+    ascending, order = levels.sort(stable=True)
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[1:] = ascending[1:] > ascending[:-1]
+    ascending, order = ascending[first], order[first]
+    midpoints = torch.full((15,), torch.inf, device=levels.device)
+    midpoints[: len(ascending) - 1] = (ascending[:-1] + ascending[1:]) / 2
+    codes = torch.zeros(16, dtype=torch.uint8, device=levels.device)
+    codes[: len(order)] = order.to(torch.uint8)
+    return midpoints, codes
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Returns codes 0..15 of shape (rows, even) as bytes (rows, even / 2), the first of a pair in the high nibble."""
+    return (codes[:, 0::2] << 4) | codes[:, 1::2]
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Returns the codes (rows, 2 * bytes) that `pack` joined."""
+    return torch.stack((packed >> 4, packed & 15), dim=-1).view(packed.shape[0], -1)
+
+
+def quantize(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Returns `(codes, absmax)` of a 2-D weight: the reference of `ops.quantize_nf4`.
+
+    A weight is multiplied by the float32 reciprocal of its block's absmax (not divided), then takes the nearest level;
+    an exact tie takes the lower. A block of zeros has absmax 0 and the code of zero. A row of odd length is padded with
+    one zero.
+
+    Args:
+        weight: (R, C) floating point, finite. levels: float32 (16,). block_size: weights per absmax, even.
+
+    Returns:
+        codes: uint8 (R, ceil(C / 2)). absmax: float32 (R, ceil(C / block_size)).
+
+    Source: arXiv 2305.14314, section 2 (block-wise k-bit quantization); order of operations as in bitsandbytes 0.50.
+    """
+    rows, columns = weight.shape
+    blocks = blocks_per_row(columns, block_size)
+    padded = torch.nn.functional.pad(weight.float(), (0, blocks * block_size - columns)).view(rows, blocks, block_size)
+    absmax = padded.abs().amax(dim=2) if padded.numel() else padded.new_zeros(rows, blocks)
+    midpoints, order = decision_table(levels)
+    codes = order[torch.bucketize(padded * reciprocal(absmax)[:, :, None], midpoints)]
+    return pack(codes.view(rows, blocks * block_size)[:, : columns + columns % 2]), absmax
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns `(codes, scale, offset)`: the double quantization of absmax.
+
+    The mean is subtracted, and blocks of 256 over the flattened rest are encoded with the signed dynamic table. The mean
+    is taken in float64 and rounded once, so that it does not depend on the device's order of summation.
+
+    Args:
+        absmax: float32 (R, B).
+
+    Returns:
+        codes: uint8 (R, B). scale: float32 (ceil(R * B / 256),). offset: float32 (1,).
+
+    Source: arXiv 2305.14314, section 3, "Double Quantization".
+    """
+    offset = absmax.double().mean().float().view(1) if absmax.numel() else absmax.new_zeros(1)
+    codes, scale = quantize_dynamic8(absmax - offset, signed=True, block_size=ABSMAX_BLOCK_SIZE)
+    return codes, scale, offset
+
+
+def dequantize_absmax(absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None) -> Tensor:
+    """Returns absmax in float32 (R, B): `level * scale`, rounded, then `+ offset`; the input where it is not encoded."""
+    if absmax_scale is None or absmax_offset is None:
+        return absmax
+    return dequantize_dynamic8(absmax, absmax_scale, signed=True, block_size=ABSMAX_BLOCK_SIZE) + absmax_offset
+
+
+def dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    levels: Tensor,
+    in_features: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Returns the decoded rows (R, in_features) in `dtype`: the reference of `ops.dequantize_nf4`.
+
+    `level * absmax` is one float32 product, rounded once more to `dtype`. Arguments as in `NF4Tensor`.
+    """
+    rows = codes.shape[0]
+    blocks = blocks_per_row(in_features, block_size)
+    pairs = levels[unpack(torch.arange(256, dtype=torch.uint8, device=levels.device)[:, None]).int()]  # (256, 2)
+    values = pairs.index_select(0, codes.reshape(-1).int()).view(rows, codes.shape[1] * 2)
+    values = torch.nn.functional.pad(values, (0, blocks * block_size - values.shape[1])).view(rows, blocks, block_size)
+    values = values * dequantize_absmax(absmax, absmax_scale, absmax_offset)[:, :, None]
+    return values.to(dtype).view(rows, blocks * block_size)[:, :in_features].contiguous()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns `x @ weight.T + bias` for the decoded weight (out, in): with `dequantize`, the reference of linear_nf4."""
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))

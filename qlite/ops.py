@@ -1,0 +1,328 @@
+"""The seam: every operator of qlite, declared once, with its reference for any device and its Triton kernel for CUDA.
+
+This is the only file that imports both a number format and a kernel. Each op is a `torch.library` op (`torch.ops.qlite.*`)
+with a schema, a fake implementation (shapes only, for torch.compile and meta tensors), a gradient where it has one, the
+reference under CompositeExplicitAutograd and the kernel under CUDA. PyTorch's dispatcher chooses by the device of the
+tensors; there is no switch of ours. To run the reference on purpose, call nf4.py and int8.py by name.
+
+The functions of this file (`quantize_nf4`, `linear_nf4`, ...) check their arguments once and call the op.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qlite import int8, nf4
+from qlite.int8 import Int8Tensor
+from qlite.nf4 import NF4_LEVELS, NF4Tensor
+
+# find_spec, not try/except ImportError: a Triton that is installed but broken must be heard.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_library = torch.library.Library("qlite", "DEF")
+
+
+def _declare(schema: str, reference: Callable, fake: Callable) -> str:
+    """Declares the op of `schema` with its reference and fake implementation; returns its qualified name."""
+    name = schema[: schema.index("(")]
+    _library.define(schema)
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qlite::{name}", fake, lib=_library)
+    return f"qlite::{name}"
+
+
+def _kernels(device: torch.device):
+    """Returns the module of Triton kernels, imported at the first CUDA call; RuntimeError where Triton is missing."""
+    if not _HAS_TRITON:
+        raise RuntimeError(f"qlite's kernels need the package triton for tensors on {device}; pip install triton")
+    from qlite.kernels import nf4_codec
+
+    return nf4_codec
+
+
+# NF4: encode and decode.
+
+_CODED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, Tensor levels"
+
+
+def _quantize_nf4_cuda(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    return _kernels(weight.device).quantize(weight, *nf4.decision_table(levels), block_size)
+
+
+def _quantize_nf4_fake(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    codes = weight.new_empty((rows, (columns + 1) // 2), dtype=torch.uint8)
+    return codes, weight.new_empty((rows, nf4.blocks_per_row(columns, block_size)), dtype=torch.float32)
+
+
+_declare(
+    "quantize_nf4(Tensor weight, Tensor levels, int block_size) -> (Tensor, Tensor)", nf4.quantize, _quantize_nf4_fake
+)
+_library.impl("quantize_nf4", _quantize_nf4_cuda, "CUDA")
+
+
+def _dequantize_nf4_cuda(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
+    return _kernels(codes.device).dequantize(
+        codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype
+    )
+
+
+def _dequantize_nf4_fake(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
+    return codes.new_empty((codes.shape[0], in_features), dtype=dtype)
+
+
+_declare(
+    f"dequantize_nf4({_CODED}, int in_features, int block_size, ScalarType dtype) -> Tensor",
+    nf4.dequantize,
+    _dequantize_nf4_fake,
+)
+_library.impl("dequantize_nf4", _dequantize_nf4_cuda, "CUDA")
+
+
+# NF4: the linear layer. The decoded weight lives for one product only; autograd keeps the bytes.
+
+
+def _linear_nf4(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, block_size) -> Tensor:
+    coded = (codes, absmax, absmax_scale, absmax_offset, levels)
+    weight = torch.ops.qlite.dequantize_nf4(*coded, x.shape[-1], block_size, x.dtype)
+    return nf4.linear(x, weight, bias)
+
+
+def _linear_nf4_fake(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, block_size) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _linear_nf4_grad(grad, codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size) -> Tensor:
+    coded = (codes, absmax, absmax_scale, absmax_offset, levels)
+    return grad @ torch.ops.qlite.dequantize_nf4(*coded, in_features, block_size, grad.dtype)
+
+
+def _linear_nf4_grad_fake(grad, codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _save_for_linear_nf4_grad(ctx, inputs, output) -> None:
+    x, codes, absmax, absmax_scale, absmax_offset, levels, bias, block_size = inputs
+    ctx.save_for_backward(codes, absmax, absmax_scale, absmax_offset, levels)
+    ctx.in_features, ctx.block_size = x.shape[-1], block_size
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_nf4_backward(ctx, grad: Tensor):
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.qlite.linear_nf4_grad(grad, *ctx.saved_tensors, ctx.in_features, ctx.block_size)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, None, None, grad_bias, None
+
+
+_declare(f"linear_nf4(Tensor x, {_CODED}, Tensor? bias, int block_size) -> Tensor", _linear_nf4, _linear_nf4_fake)
+_declare(
+    f"linear_nf4_grad(Tensor grad, {_CODED}, int in_features, int block_size) -> Tensor",
+    _linear_nf4_grad,
+    _linear_nf4_grad_fake,
+)
+torch.library.register_autograd(
+    "qlite::linear_nf4", _linear_nf4_backward, setup_context=_save_for_linear_nf4_grad, lib=_library
+)
+
+
+# int8: the linear layer over row-wise absmax codes.
+
+
+def _linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+    weight = dequantize_int8_rows(codes, absmax, x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _linear_int8_fake(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _linear_int8_grad(grad: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
+    return grad @ dequantize_int8_rows(codes, absmax, grad.dtype)
+
+
+def _linear_int8_grad_fake(grad: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], codes.shape[1]))
+
+
+def _save_for_linear_int8_grad(ctx, inputs, output) -> None:
+    _, codes, absmax, bias = inputs
+    ctx.save_for_backward(codes, absmax)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_int8_backward(ctx, grad: Tensor):
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.qlite.linear_int8_grad(grad, *ctx.saved_tensors)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias
+
+
+_declare("linear_int8(Tensor x, Tensor codes, Tensor absmax, Tensor? bias) -> Tensor", _linear_int8, _linear_int8_fake)
+_declare(
+    "linear_int8_grad(Tensor grad, Tensor codes, Tensor absmax) -> Tensor", _linear_int8_grad, _linear_int8_grad_fake
+)
+torch.library.register_autograd(
+    "qlite::linear_int8", _linear_int8_backward, setup_context=_save_for_linear_int8_grad, lib=_library
+)
+
+
+# The functions that users and modules call: arguments are checked here, once, before any work.
+
+
+def _check_weight(weight: Tensor, caller: str) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{caller}: weight is {found}; wanted a floating-point tensor")
+    if weight.numel() and weight.device.type != "meta":
+        low, high = torch.aminmax(weight.detach())
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            where = (~torch.isfinite(weight)).nonzero()[0].tolist()
+            raise ValueError(f"{caller}: weight holds a non-finite value ({weight[tuple(where)].item()}) at {where}")
+
+
+def levels_tensor(levels: Sequence[float], device: torch.device | str) -> Tensor:
+    """Returns a table of 16 levels as float32 (16,) on `device`.
+
+    Raises:
+        ValueError: not 16 finite values in [-1, 1], or fewer than two different ones.
+    """
+    table = torch.tensor([float(level) for level in levels], dtype=torch.float32)
+    if len(table) != 16 or not bool((table.abs() <= 1).all()) or len(table.unique()) < 2:
+        raise ValueError(f"levels: wanted 16 finite values in [-1, 1], not all the same; got {list(levels)}")
+    return table.to(device)
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises ValueError unless `block_size` is one of nf4.BLOCK_SIZES."""
+    if block_size not in nf4.BLOCK_SIZES:
+        raise ValueError(f"block_size is {block_size!r}; wanted one of {', '.join(map(str, nf4.BLOCK_SIZES))}")
+
+
+def quantize_nf4(
+    weight: Tensor, *, block_size: int = 64, double_quant: bool = True, levels: Sequence[float] = NF4_LEVELS
+) -> NF4Tensor:
+    """Returns `weight` encoded in 4 bits, on its device.
+
+    Args:
+        weight: floating-point tensor of any shape, finite; blocks run along the last dimension. float64 is first
+            rounded to float32.
+        block_size: weights per absmax: 32, 64, 128, ..., 4096.
+        double_quant: encode the absmax values in 8 bits too (4.127 instead of 4.5 bits per weight at block size 64).
+        levels: 16 values in [-1, 1]: NF4_LEVELS, FP4_LEVELS or a table of one's own.
+
+    Raises:
+        TypeError: weight is not floating point.
+        ValueError: weight is not finite (its first such index is named), a bad block size or table.
+
+    Source: QLoRA (arXiv 2305.14314), section 3.
+
+    Example:
+        >>> q = qlite.quantize_nf4(torch.randn(4672, 4544))
+        >>> round(q.bits_per_weight, 3)
+        4.127
+    """
+    _check_weight(weight, "quantize_nf4")
+    check_block_size(block_size)
+    table = levels_tensor(levels, weight.device)
+    row = nf4.row_length(weight.shape)
+    rows = weight.detach().reshape(-1, row) if row else weight.new_empty(weight.shape[:-1].numel(), 0)
+    codes, absmax = torch.ops.qlite.quantize_nf4(rows, table, block_size)
+    scale = offset = None
+    if double_quant:
+        absmax, scale, offset = nf4.quantize_absmax(absmax)
+    return NF4Tensor(codes, absmax, scale, offset, table, weight.shape, weight.dtype, block_size)
+
+
+def quantize_int8(
+    x: Tensor, *, zero_point: bool = False, per: str = "row", block_size: int | None = None
+) -> Int8Tensor:
+    """Returns `x` encoded in 8-bit integers, on its device.
+
+    Args:
+        x: floating-point tensor of any shape, finite; rows are its last dimension.
+        zero_point: affine codes over [min, max] instead of symmetric ones over [-absmax, absmax].
+        per: "tensor", "row" or "block": what shares a scale.
+        block_size: columns per scale, for per="block" alone.
+
+    Raises:
+        TypeError: x is not floating point.
+        ValueError: x is not finite, `per` is unknown, or block_size is missing, below 1, or given without per="block".
+
+    Source: LLM.int8() (arXiv 2208.07339), section 2.1.
+
+    Example:
+        >>> qlite.quantize_int8(torch.tensor([1.2, -0.5, 5.4]), per="tensor").codes.tolist()
+        [[28, -12, 127]]
+    """
+    _check_weight(x, "quantize_int8")
+    if per not in ("tensor", "row", "block"):
+        raise ValueError(f"quantize_int8: per is {per!r}; wanted 'tensor', 'row' or 'block'")
+    if (per == "block") != (block_size is not None) or (block_size is not None and block_size < 1):
+        raise ValueError(f"quantize_int8: block_size is {block_size!r} with per={per!r}; only per='block' takes one, >= 1")
+    row = nf4.row_length(x.shape)
+    rows = x.detach().reshape(-1, row) if row else x.new_empty(x.shape[:-1].numel(), 0)
+    columns = block_size or max(row, 1)
+    absmax = scale = zero = None
+    if zero_point:
+        codes, scale, zero = int8.quantize_zero_point(rows, per_tensor=per == "tensor", block_size=columns)
+    else:
+        codes, absmax = int8.quantize_absmax(rows, per_tensor=per == "tensor", block_size=columns)
+    return Int8Tensor(codes, absmax, scale, zero, x.shape, x.dtype, columns)
+
+
+def _activation(x: Tensor, in_features: int, caller: str) -> Tensor:
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(f"{caller}: x has shape {tuple(x.shape)}; wanted (..., {in_features})")
+    if not x.is_floating_point():
+        raise TypeError(f"{caller}: x is {x.dtype}; wanted a floating-point tensor")
+    # A custom op is unknown to autocast: what autocast does to F.linear is done here.
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def linear_nf4(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns `x @ weight.T + bias` in the dtype of x (under autocast: autocast's), differentiable in x and bias.
+
+    Args:
+        x: (..., in_features) floating point.
+        weight: an encoded (out_features, in_features) tensor; it gets no gradient.
+        bias: (out_features,) or None.
+
+    Raises:
+        ValueError: the shapes do not fit. TypeError: x is not floating point.
+    """
+    if len(weight.shape) != 2:
+        raise ValueError(f"linear_nf4: weight has shape {tuple(weight.shape)}; wanted (out_features, in_features)")
+    x = _activation(x, weight.shape[1], "linear_nf4")
+    coded = (weight.codes, weight.absmax, weight.absmax_scale, weight.absmax_offset, weight.levels)
+    return torch.ops.qlite.linear_nf4(x, *coded, bias, weight.block_size)
+
+
+def dequantize_int8_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns row-wise absmax int8 weights (out_features, in_features) decoded into `dtype`."""
+    return int8.dequantize_absmax(codes, absmax, codes.shape[1]).to(dtype)
+
+
+def linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns `x @ weight.T + bias` for row-wise absmax int8 weights, in the dtype of x, differentiable in x and bias.
+
+    Args:
+        x: (..., in_features) floating point. codes: int8 (out_features, in_features).
+        absmax: float32 (out_features, 1). bias: (out_features,) or None.
+
+    Raises:
+        ValueError: the shapes do not fit. TypeError: x is not floating point.
+    """
+    if absmax.shape != (codes.shape[0], 1):
+        raise ValueError(f"linear_int8: absmax has shape {tuple(absmax.shape)}; wanted ({codes.shape[0]}, 1)")
+    return torch.ops.qlite.linear_int8(_activation(x, codes.shape[1], "linear_int8"), codes, absmax, bias)
