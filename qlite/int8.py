@@ -90,8 +90,8 @@ def quantize_absmax(x: Tensor, *, per_tensor: bool, block_size: int) -> tuple[Te
 
 
 def dequantize_absmax(codes: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """Returns `(code * absmax) * (1 / 127)` in float32, in that order of rounding; shapes as in `quantize_absmax`."""
-    return codes.float() * _spread(absmax, codes.shape[1], block_size) * (1 / 127)
+    """Returns `code * (absmax / 127)` in float32, in that order, which cannot overflow; shapes as in `quantize_absmax`."""
+    return codes.float() * _spread(absmax / 127, codes.shape[1], block_size)
 
 
 def quantize_zero_point(x: Tensor, *, per_tensor: bool, block_size: int) -> tuple[Tensor, Tensor, Tensor]:

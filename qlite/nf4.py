@@ -159,7 +159,8 @@ def quantize(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     padded = torch.nn.functional.pad(weight.float(), (0, blocks * block_size - columns)).view(rows, blocks, block_size)
     absmax = padded.abs().amax(dim=2) if padded.numel() else padded.new_zeros(rows, blocks)
     midpoints, order = decision_table(levels)
-    codes = order[torch.bucketize(padded * reciprocal(absmax)[:, :, None], midpoints)]
+    share = (padded * reciprocal(absmax)[:, :, None]).contiguous()
+    codes = order[torch.bucketize(share, midpoints)]
     return pack(codes.view(rows, blocks * block_size)[:, : columns + columns % 2]), absmax
 
 

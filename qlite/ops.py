@@ -45,6 +45,24 @@ def _kernels(device: torch.device):
 
 # NF4: encode and decode.
 
+
+def _check_coded(codes, absmax, absmax_scale, absmax_offset, levels, in_features: int, block_size: int) -> None:
+    """Raises ValueError where the parts do not fit each other: a kernel would read beyond a tensor that is too short."""
+    rows = codes.shape[0]
+    blocks = nf4.blocks_per_row(in_features, block_size)
+    groups = -(-rows * blocks // nf4.ABSMAX_BLOCK_SIZE)
+    wanted = {"codes": (codes, (rows, (in_features + 1) // 2)), "absmax": (absmax, (rows, blocks)), "levels": (levels, (16,))}
+    if absmax.dtype == torch.uint8:
+        wanted |= {"absmax_scale": (absmax_scale, (groups,)), "absmax_offset": (absmax_offset, (1,))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None or tensor.shape != shape:
+            found = None if tensor is None else tuple(tensor.shape)
+            raise ValueError(
+                f"the parts of a 4-bit weight do not belong together: {name} has shape {found}; wanted {shape} for "
+                f"{in_features} columns in blocks of {block_size}"
+            )
+
+
 _CODED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, Tensor levels"
 
 
@@ -64,7 +82,13 @@ _declare(
 _library.impl("quantize_nf4", _quantize_nf4_cuda, "CUDA")
 
 
+def _dequantize_nf4(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
+    _check_coded(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size)
+    return nf4.dequantize(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype)
+
+
 def _dequantize_nf4_cuda(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
+    _check_coded(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size)
     return _kernels(codes.device).dequantize(
         codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype
     )
@@ -76,7 +100,7 @@ def _dequantize_nf4_fake(codes, absmax, absmax_scale, absmax_offset, levels, in_
 
 _declare(
     f"dequantize_nf4({_CODED}, int in_features, int block_size, ScalarType dtype) -> Tensor",
-    nf4.dequantize,
+    _dequantize_nf4,
     _dequantize_nf4_fake,
 )
 _library.impl("dequantize_nf4", _dequantize_nf4_cuda, "CUDA")

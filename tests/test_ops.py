@@ -1,0 +1,150 @@
+"""The seam: schemas, fakes and gradients of the ops, compilation, and what autograd keeps."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import qlite
+from qlite import ops
+from qlite.nf4 import NF4_LEVELS
+from tests.strategies import block_sizes, weights
+
+
+def seeded(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+def coded(q):
+    return q.codes, q.absmax, q.absmax_scale, q.absmax_offset, q.levels
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("columns", [128, 65])
+def test_nf4_ops_pass_opcheck(double_quant, columns):
+    w = seeded(6, columns)
+    q = qlite.quantize_nf4(w, double_quant=double_quant)
+    x = seeded(3, columns).requires_grad_()
+    bias = seeded(6).requires_grad_()
+    cases = {
+        "quantize_nf4": (w, q.levels, 64),
+        "dequantize_nf4": (*coded(q), columns, 64, torch.bfloat16),
+        "linear_nf4": (x, *coded(q), bias, 64),
+        "linear_nf4_grad": (seeded(3, 6), *coded(q), columns, 64),
+    }
+    for name, arguments in cases.items():
+        results = torch.library.opcheck(getattr(torch.ops.qlite, name).default, arguments)
+        assert set(results.values()) == {"SUCCESS"}, (name, results)
+
+
+def test_int8_ops_pass_opcheck():
+    q = qlite.quantize_int8(seeded(6, 33))
+    x, bias = seeded(3, 33).requires_grad_(), seeded(6).requires_grad_()
+    for name, arguments in {
+        "linear_int8": (x, q.codes, q.absmax, bias),
+        "linear_int8_grad": (seeded(3, 6), q.codes, q.absmax),
+    }.items():
+        results = torch.library.opcheck(getattr(torch.ops.qlite, name).default, arguments)
+        assert set(results.values()) == {"SUCCESS"}, (name, results)
+
+
+@given(weights(dtypes=(torch.float32,), max_exponent=4), block_sizes, st.booleans(), st.integers(0, 4))
+def test_linear_nf4_and_its_gradient_equal_float64_over_the_decoded_weight(w, block_size, double_quant, batch):
+    q = qlite.quantize_nf4(w, block_size=block_size, double_quant=double_quant)
+    exact = q.dequantize().double()
+    x = seeded(batch, w.shape[1]).requires_grad_()
+    y = ops.linear_nf4(x, q)
+    # A dot product of n float32 terms errs by at most n * 2^-24 of the sum of magnitudes (n + 2 for slack).
+    allowed = (w.shape[1] + 2) * 2**-24 * (x.detach().double().abs() @ exact.abs().T)
+    assert bool(((y.double() - x.double() @ exact.T).abs() <= allowed).all())
+    grad = seeded(*y.shape)
+    (grad_x,) = torch.autograd.grad(y, x, grad)
+    allowed = (w.shape[0] + 2) * 2**-24 * (grad.double().abs() @ exact.abs())
+    assert bool(((grad_x.double() - grad.double() @ exact).abs() <= allowed).all())
+
+
+def test_gradients_pass_gradcheck():
+    q4, q8 = qlite.quantize_nf4(seeded(5, 64)), qlite.quantize_int8(seeded(5, 9))
+    x4, x8, bias = (t.double().requires_grad_() for t in (seeded(2, 64), seeded(2, 9), seeded(5)))
+    assert torch.autograd.gradcheck(lambda x, b: ops.linear_nf4(x, q4, b), (x4, bias))
+    assert torch.autograd.gradcheck(lambda x, b: ops.linear_int8(x, q8.codes, q8.absmax, b), (x8, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_autograd_keeps_the_encoded_weight_alone(dtype):
+    q = qlite.quantize_nf4(seeded(64, 128, dtype=dtype))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = ops.linear_nf4(seeded(2, 128, dtype=dtype).requires_grad_(), q)
+    assert y.dtype == dtype and kept
+    assert sum(t.numel() * t.element_size() for t in kept) == q.nbytes + 16 * 4
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (1,), (2, 3), (2, 0, 3)])
+def test_any_leading_dimensions_go_through(leading):
+    q = qlite.quantize_nf4(seeded(5, 64))
+    x = seeded(*leading, 64).requires_grad_()
+    y = ops.linear_nf4(x, q, torch.ones(5))
+    y.sum().backward()
+    assert y.shape == (*leading, 5) and x.grad.shape == x.shape
+
+
+def test_a_one_hot_input_reads_a_column_of_the_decoded_weight_exactly():
+    q = qlite.quantize_nf4(seeded(7, 96))
+    assert torch.equal(ops.linear_nf4(torch.eye(96), q), q.dequantize().T)
+
+
+def test_autocast_decides_the_dtype_as_it_does_for_a_dense_layer():
+    q = qlite.quantize_nf4(seeded(5, 64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.linear_nf4(seeded(2, 64), q).dtype == torch.bfloat16
+        assert torch.nn.functional.linear(seeded(2, 64), q.dequantize()).dtype == torch.bfloat16
+
+
+def test_compiles_to_one_graph_with_equal_numbers_and_gradients():
+    q = qlite.quantize_nf4(seeded(32, 64))
+
+    def run(x):
+        return torch.nn.functional.gelu(ops.linear_nf4(x, q, torch.ones(32))).sum()
+
+    compiled = torch.compile(run, fullgraph=True)
+    for rows in (2, 5):  # the second shape must not need another graph break either
+        a, b = seeded(rows, 64).requires_grad_(), seeded(rows, 64).requires_grad_()
+        run(a).backward()
+        compiled(b).backward()
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda q: ops.linear_nf4(torch.ones(2, 63), q), ValueError, r"wanted \(..., 64\)"),
+        (lambda q: ops.linear_nf4(torch.tensor(1.0), q), ValueError, r"wanted \(..., 64\)"),
+        (lambda q: ops.linear_nf4(torch.ones(2, 64, dtype=torch.int64), q), TypeError, "floating-point"),
+        (lambda q: ops.linear_nf4(torch.ones(2, 64), qlite.quantize_nf4(torch.ones(64))), ValueError, "out_features"),
+        (lambda q: ops.linear_int8(torch.ones(2), q.codes, torch.ones(5), None), ValueError, r"wanted \(5, 1\)"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(call, error, words):
+    with pytest.raises(error, match=words):
+        call(qlite.quantize_nf4(seeded(5, 64)))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda q: (q.codes[:, :-1], *coded(q)[1:]),
+        lambda q: (q.codes, q.absmax[:, :0], *coded(q)[2:]),
+        lambda q: (q.codes, q.absmax, q.absmax_scale[:0], *coded(q)[3:]),
+        lambda q: (q.codes, q.absmax, q.absmax_scale, None, q.levels),
+        lambda q: (*coded(q)[:4], q.levels[:8]),
+    ],
+)
+def test_parts_that_do_not_belong_together_never_reach_a_kernel(damage):
+    q = qlite.quantize_nf4(seeded(5, 128))
+    with pytest.raises(ValueError, match="do not belong together"):
+        torch.ops.qlite.dequantize_nf4(*damage(q), 128, 64, torch.float32)
+
+
+def test_levels_are_the_default_table():
+    assert qlite.quantize_nf4(torch.ones(1, 64)).levels.tolist() == list(NF4_LEVELS)
