@@ -61,7 +61,8 @@ class QuantizedLinear(nn.Module, abc.ABC):
                 f"wanted (out_features, in_features) = ({self.out_features}, {self.in_features})"
             )
 
-    def _encoded_bytes(self) -> int:
+    def encoded_bytes(self) -> int:
+        """Returns the bytes of all of the module's tensors, bias included."""
         tensors = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -318,7 +319,7 @@ def quantize_model(
         replacement = _quantized(name, module, kind)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement)
-        report.quantized[name] = (size, replacement._encoded_bytes())
+        report.quantized[name] = (size, replacement.encoded_bytes())
     if not report.quantized:
         raise ValueError(f"quantize_model: no linear layer of {type(model).__name__} was quantized.\n{report}")
     return report
