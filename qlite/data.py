@@ -42,6 +42,12 @@ def load_tokenizer(path_or_repo_id: str | pathlib.Path, *, revision: str | None 
     Raises:
         FileNotFoundError: the folder has no tokenizer.json. ValueError: the file is no tokenizer, or has no
             end-of-text token.
+
+    Example:
+        >>> from qlite.data import ASSETS
+        >>> tokenizer = qlite.load_tokenizer(ASSETS / "tiny-falcon")
+        >>> tokenizer.decode(tokenizer.encode("Where is my parcel?").ids)
+        'Where is my parcel?'
     """
     folder = pathlib.Path(path_or_repo_id)
     if folder.is_dir():

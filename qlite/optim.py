@@ -327,12 +327,13 @@ class AdamW8bit(_EncodedAdamW):
 
     Source: arXiv 2110.02861; see the head of this file for what differs.
 
-    >>> weight = torch.nn.Parameter(torch.ones(64, 64))
-    >>> optimizer = AdamW8bit([weight], lr=0.1, weight_decay=0.0)
-    >>> weight.sum().backward()
-    >>> optimizer.step()
-    >>> round(weight[0, 0].item(), 4), optimizer.state[weight]["exp_avg"].dtype
-    (0.9, torch.uint8)
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = qlite.AdamW8bit([weight], lr=0.1, weight_decay=0.0)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> round(weight[0, 0].item(), 4), optimizer.state[weight]["exp_avg"].dtype
+        (0.9, torch.uint8)
     """
 
     def _allocate(self, param: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -362,12 +363,13 @@ class PagedAdamW8bit(_EncodedAdamW):
 
     Source: QLoRA (arXiv 2305.14314), section 3, "Paged Optimizers"; copies instead of managed memory are ours.
 
-    >>> weight = torch.nn.Parameter(torch.ones(64, 64))
-    >>> optimizer = PagedAdamW8bit([weight], lr=0.1)
-    >>> weight.sum().backward()
-    >>> optimizer.step()
-    >>> optimizer.paged_bytes
-    8320
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = qlite.PagedAdamW8bit([weight], lr=0.1)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.paged_bytes
+        8320
     """
 
     def __init__(
