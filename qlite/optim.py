@@ -1,20 +1,21 @@
 """AdamW with 8-bit moments, resident on the device or paged to the host: one step, two homes for the state.
 
-Both moments are kept as dynamic 8-bit codes with one float32 absmax per block of 256 (Dettmers et al., "8-bit Optimizers
-via Block-wise Quantization", arXiv 2110.02861): 2.03 bytes a parameter instead of 8. The update itself is AdamW's
-(Loshchilov and Hutter, arXiv 1711.05101, algorithm 2), in float32 and with the moments of this step before they are
-encoded again. Small tensors keep float32 moments.
+Both moments are kept as dynamic 8-bit codes with one float32 absmax per block of 256 (Dettmers et al., "8-bit
+Optimizers via Block-wise Quantization", arXiv 2110.02861): 2.03 bytes a parameter instead of 8. The update itself is
+AdamW's (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2), in float32 and with the moments of this step before they
+are encoded again. Small tensors keep float32 moments.
 
-One rule is ours: a second moment above zero is never stored as the code of zero. It stands in the denominator of the next
-step; rounded to zero it lets one step leap by thousands of learning rates as soon as some input features are a hundred
-times the others. With the rule a step stays under 8 learning rates for any sequence of gradients.
+Two rules are ours. A second moment above zero is never stored as the code of zero: it stands in the denominator of the
+next step, and rounded to zero it lets one step leap by thousands of learning rates as soon as some input features are a
+hundred times the others. And no element moves further than exact AdamW could move it (`AdamWRule.bound`), which matters
+where rounding holds a growing second moment down. So a step stays under 8 learning rates for any sequence of gradients.
 
 Non-finite gradients: nothing is read back from the device to look for them. A block (for float32 moments: an element)
-whose new moments would not be finite keeps its parameters and moments as they are, so that no NaN is ever stored; to skip
-the whole step is the training loop's part.
+whose new moments would not be finite keeps its parameters and moments as they are, so that no NaN is ever stored; to
+skip the whole step is the training loop's part.
 
-Not done: AMSGrad, sparse gradients, float64 and complex parameters, stochastic rounding of bf16 parameters, capture of a
-step in a CUDA graph (`step` is a Python number).
+Not done: AMSGrad, sparse gradients, float64 and complex parameters, stochastic rounding of bf16 parameters, capture of
+a step in a CUDA graph (`step` is a Python number).
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class AdamWRule:
     weight_decay: float
     step: int
 
-    # Every product and sum below is rounded by itself: no addcmul or lerp, which the CPU's vector loops and CUDA contract
-    # into one rounding and the CPU's scalar tails do not. The result then depends on neither device, threads nor chunks.
+    # Every product and sum below is rounded by itself: no addcmul or lerp, which the CPU's vector loops and CUDA
+    # contract into one rounding and the CPU's scalar tails do not. So the result does not depend on threads or chunks.
 
     def moments(self, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the new float32 (exp_avg, exp_avg_sq) for a float32 gradient; changes no argument."""
@@ -70,15 +71,37 @@ class AdamWRule:
         exp_avg_sq = exp_avg_sq * self.beta2 + (grad * grad) * (1 - self.beta2)
         return exp_avg, exp_avg_sq
 
-    def updated(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
-        """Returns the new float32 parameter: decayed first, then moved by the bias-corrected moments."""
+    def updated(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, bound: float = math.inf) -> Tensor:
+        """Returns the new float32 parameter: decayed first, then moved by the bias-corrected moments.
+
+        Args:
+            bound: the largest magnitude let pass for exp_avg / (root of the corrected exp_avg_sq).
+        """
         correction = 1 / math.sqrt(1 - self.beta2**self.step)
         denominator = exp_avg_sq.sqrt().mul_(correction).add_(self.eps)
         move = exp_avg / denominator
         if self.eps == 0:
             move.masked_fill_(denominator == 0, 0.0)  # a coordinate without a gradient so far stays
+        if bound < math.inf:
+            move.clamp_(-bound, bound)
         move.mul_(self.lr / (1 - self.beta1**self.step))
         return param.float() * (1 - self.lr * self.weight_decay) - move
+
+    def bound(self) -> float:
+        """Returns what exp_avg / (root of the corrected exp_avg_sq) cannot exceed at this step with exact moments.
+
+        By Cauchy and Schwarz, exp_avg = (1 - b1) sum b1^k g_k <= (1 - b1) sqrt(sum (b1^2 / b2)^k) sqrt(sum b2^k g_k^2),
+        and the last root is sqrt(exp_avg_sq / (1 - b2)). In the limit of many steps the move is at most 7.27 lr for
+        betas of 0.9 and 0.999. Encoded moments can exceed it, because a second moment that grows by less than half the
+        gap between two levels is rounded back every time. The result has a slack of 2^-10 for float32 rounding, and is
+        infinite if beta1^2 >= beta2, where the sum has no limit.
+        """
+        ratio = self.beta1**2 / self.beta2 if self.beta2 > 0 else math.inf
+        if ratio >= 1:
+            return math.inf
+        squares = (1 - ratio**self.step) / (1 - ratio)
+        spread = (1 - self.beta2**self.step) / (1 - self.beta2)
+        return (1 - self.beta1) * math.sqrt(squares * spread) * (1 + 2**-10)
 
 
 def adamw_step(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, rule: AdamWRule) -> None:
@@ -122,7 +145,7 @@ def adamw_8bit_step(
 
     A block in which a new moment is not finite is left as it is.
 
-    Source: arXiv 2110.02861, section 2; a second moment above zero never gets the code of zero, which is ours.
+    Source: arXiv 2110.02861, section 2. Ours: a second moment above zero never gets the code of zero, and the bound.
     """
     new_avg, new_sq = rule.moments(
         grad.float(),
@@ -133,7 +156,7 @@ def adamw_8bit_step(
     sq_codes, sq_absmax = quantize_dynamic8(new_sq, signed=False, block_size=block_size, never_zero=True)
     keep_block = ~(avg_absmax.isfinite() & sq_absmax.isfinite())
     keep = keep_block.repeat_interleave(block_size)[: param.numel()]
-    param.copy_(torch.where(keep, param.float(), rule.updated(param, new_avg, new_sq)))
+    param.copy_(torch.where(keep, param.float(), rule.updated(param, new_avg, new_sq, bound=rule.bound())))
     exp_avg.copy_(torch.where(keep, exp_avg, avg_codes))
     exp_avg_sq.copy_(torch.where(keep, exp_avg_sq, sq_codes))
     exp_avg_absmax.copy_(torch.where(keep_block, exp_avg_absmax, avg_absmax))
@@ -199,7 +222,7 @@ class _EncodedAdamW(Optimizer, ABC):
                         "Build the embedding with sparse=False, or give it torch.optim.SparseAdam"
                     )
                 work.append((group, param))
-        # All memory is taken before the first parameter changes: whatever fails for want of it, fails with nothing lost.
+        # All state is allocated before the first parameter changes: running out of memory there loses nothing.
         for group, param in work:
             self._settle(group, param)
         items = [_Work.of(group, param, self.state[param]) for group, param in work]
@@ -260,7 +283,8 @@ class _EncodedAdamW(Optimizer, ABC):
         tensors = [param[1] if isinstance(param, tuple) else param for param in params]
         for position, param in enumerate(tensors):
             if isinstance(param, Tensor):
-                _check_dtype(param, f"parameter {position} of group {len(self.param_groups)}, shape {tuple(param.shape)}")
+                where = f"parameter {position} of group {len(self.param_groups)}, shape {tuple(param.shape)}"
+                _check_dtype(param, where)
         if len({id(param) for param in tensors}) < len(tensors):
             raise ValueError(
                 f"{type(self).__name__}: group {len(self.param_groups)} names a parameter twice; wanted each one once "
@@ -385,7 +409,7 @@ class PagedAdamW8bit(_EncodedAdamW):
         page_above: int = 0,
     ) -> None:
         if not isinstance(page_above, int) or page_above < 0:
-            raise ValueError(f"PagedAdamW8bit: page_above is {page_above!r}; wanted a whole number of elements, 0 or more")
+            raise ValueError(f"PagedAdamW8bit: page_above is {page_above!r}; wanted a number of elements, 0 or more")
         self.page_above = page_above
         self._buffers: dict[Tensor, PagedBuffer] = {}
         self._pagers: dict[torch.device, Pager] = {}
@@ -406,8 +430,8 @@ class PagedAdamW8bit(_EncodedAdamW):
         return self._buffers[param].tensors
 
     def _is_home(self, param: Tensor) -> bool:
-        home = self._buffers.get(param, self.state[param]["exp_avg"])
-        return home.device == param.device
+        buffer = self._buffers.get(param)
+        return (self.state[param]["exp_avg"] if buffer is None else buffer).device == param.device
 
     def _update(self, work: list[_Work]) -> None:
         paged: dict[torch.device, list[_Work]] = {}
@@ -457,6 +481,7 @@ class _Work:
         state["step"] += 1
         beta1, beta2 = group["betas"]
         rule = AdamWRule(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], state["step"])
+        assert param.grad is not None
         return cls(param, param.reshape(-1), param.grad.reshape(-1), state, rule, group["block_size"])
 
     def chunks(self) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,8 @@
 """Memory that lives on the host and visits the device: pinned buffers, explicit copies, side streams.
 
-The idea is that of paged optimizers (QLoRA, arXiv 2305.14314, section 3): optimizer state is touched once a step, so its
-home may be host memory. Here the pages are moved by hand. While one piece is being used, the next one arrives on one
-stream and the previous one goes home on another, so that copies in both directions overlap with the arithmetic.
+The idea is that of paged optimizers (QLoRA, arXiv 2305.14314, section 3): optimizer state is touched once a step, so
+its home may be host memory. Here the pages are moved by hand. While one piece is being used, the next one arrives on
+one stream and the previous one goes home on another, so that copies in both directions overlap with the arithmetic.
 
 Not done: CUDA managed memory, as bitsandbytes uses it. The driver moves such pages on demand, without overlap, and a
 program that manages more of it than the card holds can hang the machine. Nor is anything kept on the device from one
@@ -28,11 +28,11 @@ class PagedBuffer:
     """Host memory for a few named tensors, in one run of bytes; pinned when it is to visit a CUDA device.
 
     Args:
-        layout: for each name the shape and dtype of a tensor. Wider dtypes are stored first, so that no byte is padding.
+        layout: for each name the shape and dtype of a tensor. Wider dtypes are stored first: no byte is padding.
         device: the device that the buffer will visit.
 
     Attributes:
-        bytes: uint8 (nbytes,), host memory, zeros at first. PyTorch's allocator rounds pinned memory up to a power of two.
+        bytes: uint8 (nbytes,), host memory, zeros at first. (PyTorch takes pinned memory in powers of two.)
         tensors: for each name a view into `bytes` of the shape and dtype asked for. Read and write them only while no
             visit is under way (`Pager.synchronize`).
     """
@@ -105,7 +105,7 @@ class Pager:
         slots = [
             _Slot(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(min(SLOTS, len(pieces)))
         ]
-        # The slots' memory may be in use by earlier work of this stream, and an earlier call's pieces may be going home.
+        # Earlier work of this stream may still use the slots' memory, and pieces of an earlier call may be going home.
         self._fetching.after(computing.mark())
         self._fetching.after(self._writing.mark())
         try:
@@ -146,8 +146,8 @@ class _Slot:
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
-        self.arrived: torch.cuda.Event | None = None
-        self.gone: torch.cuda.Event | None = None
+        self.arrived: torch.Event | None = None
+        self.gone: torch.Event | None = None
 
     def tensors(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns for each part a device tensor of its dtype and length, packed as the parts are."""
@@ -175,10 +175,10 @@ class _Lane:
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
 
-    def mark(self) -> torch.cuda.Event | None:
+    def mark(self) -> torch.Event | None:
         return None if self.stream is None else self.stream.record_event()
 
-    def after(self, event: torch.cuda.Event | None) -> None:
+    def after(self, event: torch.Event | None) -> None:
         if self.stream is not None and event is not None:
             self.stream.wait_event(event)
 
@@ -200,7 +200,7 @@ def _host_zeros(nbytes: int, device: torch.device) -> Tensor:
     except RuntimeError as error:
         warnings.warn(
             f"paged state could not be pinned ({error}); ordinary host memory is used: the results are the same, but "
-            "its copies do not overlap with anything. Free host memory, or raise the limit of locked memory (ulimit -l)",
+            "its copies overlap with nothing. Free host memory, or raise the limit of locked memory (ulimit -l)",
             RuntimeWarning,
             stacklevel=2,
         )
