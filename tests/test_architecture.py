@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -174,6 +175,19 @@ def test_files_and_functions_stay_of_a_readable_size(path):
 @files
 def test_every_file_says_what_it_is(path):
     assert ast.get_docstring(tree(path))
+
+
+@files
+def test_the_architecture_page_names_every_file(path):
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert path.stem == "__init__" or re.search(rf"`(kernels/)?{path.stem}\.py`", text)
+
+
+def test_the_architecture_page_has_the_same_floors():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^(\d)  (.*?)(?: +<-.*)?$", text, re.MULTILINE)
+    shown = {int(floor): set(names.replace("/*", "").split()) for floor, names in rows}
+    assert shown == {floor: set(names) - {"__main__"} for floor, names in FLOORS.items()}
 
 
 def test_sizes_for_the_record(capsys):

@@ -1,0 +1,66 @@
+"""The README keeps its word: it is short, its code runs, its commands and links exist."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import pytest
+import torch
+
+from qlite.data import ASSETS
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_its_two_commands_are_targets_of_the_makefile():
+    commands = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
+    assert commands == [["make", "demo"], ["make", "test"]]
+    for _, target in commands:
+        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
+
+
+def test_the_makefile_runs_the_demo_and_the_whole_suite():
+    recipes = dict(re.findall(r"^(demo|test):.*\n\t(.*)$", MAKEFILE, re.MULTILINE))
+    assert recipes["demo"].endswith("/qlite finetune")
+    assert recipes["test"].endswith("-m pytest")
+
+
+def test_there_is_one_block_of_code_for_the_main_job_and_one_for_each_task():
+    assert len(blocks("python")) == 1 + len(re.findall(r"^\*\*\d\. ", README, re.MULTILINE)) == 6
+    assert len(blocks("python")[0].splitlines()) <= 14  # twelve lines and what they import
+
+
+@pytest.mark.skipif(
+    not (ASSETS / "tiny-falcon" / "model.safetensors").is_file(), reason="needs the tiny base in qlite/assets"
+)
+def test_its_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The one change: a step instead of the eighty that the answer needs.
+    code = "\n".join(blocks("python")).replace("steps=80", "steps=1")
+    assert "steps=1," in code
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "faq-lora" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_files_named_in_the_pages_exist():
+    for page in (ROOT / "docs").glob("*.md"):
+        for name in re.findall(r"`((?:kernels/)?test_\w+\.py|tests/\w+\.py)`", page.read_text(encoding="utf-8")):
+            assert (ROOT / "tests" / name.removeprefix("tests/")).is_file(), f"{page.name}: {name}"
