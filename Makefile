@@ -1,38 +1,47 @@
-# make demo    fine-tune the tiny Falcon on the FAQ, CPU or GPU
-# make test    the whole test suite
+# make demo    fine-tune the packaged tiny Falcon on the packaged FAQ, ask before and after
+# make test    the whole test-suite
 # make lint    ruff and pyright
-# make bench   the benchmarks; they need a GPU
+# make bench   the benchmarks that need no GPU
 #
-# Each makes .venv where there is none and installs what it needs; the second call goes straight to work.
+# Each makes .venv if it is not there and installs what it needs. A torch that the system's Python has is kept; where there
+# is none and no NVIDIA GPU either, constraints.txt names the version. PyPI's torch for Linux brings CUDA's libraries; to get
+# the small CPU build from elsewhere: make PIP_INSTALL="pip install --extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
+PIP_INSTALL ?= pip install
 BIN := .venv/bin
-BENCHMARKS ?= falcon7b
+CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || $(PYTHON) -c "import torch" 2>/dev/null || echo "-c constraints.txt")
+SYSTEM_TORCH := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo "--system-site-packages")
+INSTALL = $(BIN)/python -m $(PIP_INSTALL) --quiet --disable-pip-version-check $(CONSTRAINTS)
 
 .PHONY: demo test lint bench
 
-demo: .venv/.with-train,plot
+demo: .venv/demo.stamp
 	$(BIN)/qlite finetune
 
-test: .venv/.with-test
-	$(BIN)/python -m pytest
+test: .venv/test.stamp
+	$(BIN)/python -m pytest -q
 
-lint: .venv/.with-dev
+lint: .venv/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: .venv/.with-train,plot
-	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+bench: .venv/demo.stamp
+	$(BIN)/python -m benchmarks.loss_parity
 
-# The packages of the system are seen where torch is among them, so that the torch that is installed is the one used.
-$(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("qlite needs Python 3.10 or newer; PYTHON=... chooses one")'
-	$(PYTHON) -m venv $$($(PYTHON) -c 'from importlib.util import find_spec; find_spec("torch") and print("--system-site-packages")') .venv
+.venv/bin/python:
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'qlite needs Python 3.10 or later'"
+	$(PYTHON) -m venv $(SYSTEM_TORCH) .venv
 
-# No torch yet and no NVIDIA GPU: the version of constraints.txt. Otherwise pip chooses, or leaves what is there.
-.venv/.with-%: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$*]' \
-	    $$($(BIN)/python -c 'from importlib.util import find_spec; raise SystemExit(find_spec("torch") is not None)' \
-	    && ! command -v nvidia-smi >/dev/null && echo "--constraint constraints.txt")
-	@touch $@
+.venv/demo.stamp: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e ".[train,plot]"
+	touch $@
+
+.venv/test.stamp: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e ".[train,plot,test]"
+	touch $@
+
+.venv/lint.stamp: .venv/test.stamp
+	$(INSTALL) -e ".[dev]"
+	touch $@
