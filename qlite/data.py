@@ -1,23 +1,18 @@
-"""Questions and answers as token batches: one prompt template, and a loss mask that covers the answer alone.
+"""Questions and answers to token batches: one prompt template, and a loss mask that covers the answer alone.
 
-A record becomes `prompt + answer + end of text`, encoded piece by piece, so that the mask is known from the lengths of the
-pieces. It is never found by comparing ids: Falcon pads with its end-of-text id, and a mask `ids == pad` hides the one label
-that teaches the model to stop. Text of users is encoded with special tokens switched off: whatever it says, it yields no
-special id.
+A row is `Question: ...\\nAnswer: ...<|endoftext|>`. The labels are -100 up to and including "Answer:", so that the loss
+counts the tokens of the answer and the end-of-text token. The mask follows positions, never token values: Falcon pads with
+its end-of-text token, and a mask by value would keep a model from ever learning to stop.
 
-Not done here: packing several records into a row, chat templates, other formats than the two of `read_faq`.
+Not done here: other templates, packing of several answers into a row, streaming of files larger than memory.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
-import os
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,393 +20,273 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
-#: The label of a position that takes no part in the loss.
-NO_LABEL = -100
-MAX_FAQ_BYTES = 256 * 2**20
-MAX_TOKENIZER_BYTES = 64 * 2**20
-#: Characters of one question or answer. Some tokenizers need time that grows faster than the text.
-MAX_TEXT = 2**20
-JSON_LINES = (".jsonl", ".ndjson")
-FAQ_FORMATS = '{"questions": [{"question": "...", "answer": "..."}, ...]}, or one {"question", "answer"} a line'
+#: The label of a token that the loss leaves out; torch's cross_entropy has the same default.
+IGNORED = -100
+#: The demo's own files: faq.json, faq_paraphrases.json and the folder tiny-falcon.
+ASSETS = pathlib.Path(__file__).parent / "assets"
+LARGEST_FILE = 256 * 2**20  # bytes; a whole FAQ is read into memory
 
 
 def format_prompt(question: str) -> str:
-    """Returns the text before the answer, the same in training and in generation.
-
-    >>> format_prompt("Where is my parcel?")
-    'Question: Where is my parcel?\\nAnswer:'
-    """
+    """Returns the text that stands before an answer, in training and in generation alike."""
     return f"Question: {question.strip()}\nAnswer:"
 
 
-def format_answer(answer: str) -> str:
-    """Returns the text after the prompt: the answer behind one space, as byte-level tokenizers expect of a word."""
-    return f" {answer.strip()}"
-
-
-class _TokenizersErrors:
-    """A `with` block in which the errors of the tokenizers library become ValueError.
-
-    Its Rust code raises `Exception` itself, no subclass, and panics with a PanicException that is no Exception at all.
-    """
-
-    def __init__(self, what: str):
-        self.what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is not None and (kind is Exception or kind.__name__ == "PanicException"):
-            raise ValueError(f"{self.what}: {error}") from error
-
-
-def load_tokenizer(path_or_repo_id: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
-    """Returns the tokenizer of a model, without padding and truncation, blind to special tokens in text.
+def load_tokenizer(path_or_repo_id: str | pathlib.Path, *, revision: str | None = None) -> Tokenizer:
+    """Returns the tokenizer of a folder or of a repository on the hub, with padding and truncation switched off.
 
     Args:
-        path_or_repo_id: a folder with a tokenizer.json, such a file, or a repository of the hub.
-        revision: branch, tag or commit of the repository.
+        path_or_repo_id: a folder with tokenizer.json, or a hub id such as "tiiuae/falcon-7b".
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        FileNotFoundError: there is no tokenizer.json. ValueError: it is not one, or larger than 64 MiB.
+        FileNotFoundError: the folder has no tokenizer.json. ValueError: the file is no tokenizer, or has no
+            end-of-text token.
 
     Example:
-        >>> tokenizer = qlite.load_tokenizer("tiiuae/falcon-7b")
+        >>> from qlite.data import ASSETS
+        >>> tokenizer = qlite.load_tokenizer(ASSETS / "tiny-falcon")
+        >>> tokenizer.decode(tokenizer.encode("Where is my parcel?").ids)
+        'Where is my parcel?'
     """
-    path = _tokenizer_file(path_or_repo_id, revision)
-    size = path.stat().st_size
-    if size > MAX_TOKENIZER_BYTES:
-        raise ValueError(f"{path}: {size:,} bytes; wanted a tokenizer.json of at most {MAX_TOKENIZER_BYTES:,}")
-    content = _parse_json(_decode_utf8(path.read_bytes(), path), str(path))
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f'{path}: no "model" at the top level; wanted the tokenizer.json that the tokenizers library saves')
-    # Both are properties of somebody's batches, not of the vocabulary: padding to 2**27 fills the memory here.
-    content["padding"] = content["truncation"] = None
-    with _TokenizersErrors(f"{path}: not a tokenizer.json that the tokenizers library can read"):
-        tokenizer = Tokenizer.from_str(json.dumps(content))
-    tokenizer.encode_special_tokens = True
+    folder = pathlib.Path(path_or_repo_id)
+    if folder.is_dir():
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} has no tokenizer.json")
+    elif folder.exists() or str(path_or_repo_id).count("/") != 1 or str(path_or_repo_id).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{path_or_repo_id} is neither a folder nor a hub id of the form owner/name")
+    else:
+        from huggingface_hub import hf_hub_download
+
+        file = pathlib.Path(hf_hub_download(str(path_or_repo_id), "tokenizer.json", revision=revision))
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError("not a JSON object")
+        # Padding and truncation that a file asks for are dropped before the file is trusted with memory.
+        tokenizer = Tokenizer.from_str(json.dumps({**fields, "padding": None, "truncation": None}))
+    # The tokenizers package raises bare Exception for a malformed file, and PanicException (a BaseException) beyond.
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise ValueError(f"{file} is not a tokenizer: {error}") from error
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise ValueError(f"{file} has no token {END_OF_TEXT}, which ends an answer")
     return tokenizer
 
 
-def _tokenizer_file(path_or_repo_id: str | os.PathLike[str], revision: str | None) -> Path:
-    path = Path(path_or_repo_id)
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if path.is_file():
-        return path
-    name = os.fspath(path_or_repo_id)
-    looks_local = not isinstance(path_or_repo_id, str) or path.is_absolute() or name.startswith((".", "~"))
-    if looks_local or path.suffix == ".json" or name.count("/") > 1:
-        raise FileNotFoundError(f"{path}: no such file; wanted a folder with a tokenizer.json, or a hub id like owner/name")
-
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(hf_hub_download(name, "tokenizer.json", revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise FileNotFoundError(
-            f"{name}: no folder here, and no tokenizer.json at revision {revision or 'main'} of such a hub repository: {error}"
-        ) from error
-
-
-def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the ids of a text, none of them special: `<|endoftext|>` written by a user is thirteen characters.
-
-    Raises:
-        ValueError: text is longer than 2**20 characters, cannot be written in UTF-8, or gives a special id all the same.
-    """
-    if len(text) > MAX_TEXT:
-        raise ValueError(f"encode_text: {len(text):,} characters; wanted at most {MAX_TEXT:,}")
-    if not _is_unicode(text):
-        raise ValueError(f"encode_text: {text[:40]!r} holds half a surrogate pair; wanted text that UTF-8 can write")
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the ids of text, in which "<|endoftext|>" and its like are ordinary characters."""
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True
     try:
-        with _TokenizersErrors(f"encode_text: the tokenizer fails on {text[:40]!r}"):
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer.encode(text, add_special_tokens=False).ids
     finally:
         tokenizer.encode_special_tokens = before
-    special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    found = sorted(special.intersection(ids))
-    if found:
-        raise ValueError(
-            f"encode_text: {text[:40]!r} gives the special ids {found}; wanted a tokenizer whose vocabulary reaches them "
-            "through added tokens only"
-        )
-    return ids
 
 
 def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
-    """Returns the ids of `format_prompt(question)`: what to hand to `generate`."""
-    return encode_text(tokenizer, format_prompt(question))
-
-
-def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Returns the id of `<|endoftext|>`.
+    """Returns the ids of the prompt for a question; the model's answer comes next.
 
     Raises:
-        ValueError: the tokenizer has no such token.
+        ValueError: the question is empty.
     """
-    index = tokenizer.token_to_id(END_OF_TEXT)
-    if index is None:
-        raise ValueError(f"the tokenizer has no {END_OF_TEXT!r}; wanted a Falcon tokenizer, which ends a text with it")
-    return index
+    if not question.strip():
+        raise ValueError("encode_prompt: the question is empty")
+    return _encode(tokenizer, format_prompt(question))
 
 
-def read_faq(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
-    """Returns the (question, answer) pairs of a file, in its order, without surrounding white space.
+def encode_answer(tokenizer: Tokenizer, answer: str) -> list[int]:
+    """Returns the ids of an answer as the model should give it: a space, the text, the end-of-text token."""
+    return [*_encode(tokenizer, " " + answer.strip()), tokenizer.token_to_id(END_OF_TEXT)]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one object")
+    return dict(pairs)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+
+
+def read_faq(path: str | pathlib.Path) -> list[tuple[str, str]]:
+    """Returns the (question, answer) pairs of a file, in its order, stripped of outer white space.
 
     Args:
-        path: {"questions": [{"question", "answer"}, ...]} as JSON, or one {"question", "answer"} a line. UTF-8. Other keys
-            are left alone. A file is read by lines if it is named .jsonl or .ndjson, or if its first line is a record.
+        path: JSON `{"questions": [{"question": ..., "answer": ...}, ...]}`, or JSONL with one such object a line (a name
+            that ends in .jsonl). Other keys of an object are left alone.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is empty, larger than 256 MiB, not UTF-8, not JSON, without questions, or a record is no object, names
-            a key twice, or has an empty or missing text. The message names the line or the record.
-        TypeError: a question or an answer is not a string.
+        FileNotFoundError: no such file. ValueError: not UTF-8, not JSON, no questions, or a question or answer that is
+            missing, empty or not a string; the message names the line or the number of the record.
     """
-    path = Path(path)
+    path = pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; wanted {FAQ_FORMATS}")
-    size = path.stat().st_size
-    if size > MAX_FAQ_BYTES:
-        raise ValueError(f"{path}: {size:,} bytes; wanted at most {MAX_FAQ_BYTES:,}")
-    text = _decode_utf8(path.read_bytes(), path)
-    if not text.strip():
-        raise ValueError(f"{path}: empty; wanted {FAQ_FORMATS}")
-    if path.suffix.lower() in JSON_LINES or _first_line_is_a_record(text):
-        # Not splitlines: JSON strings may hold U+2028 and its like as they are.
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [_pair(_parse_json(line, f"{path}, line {number}"), f"{path}, line {number}") for number, line in lines]
-    content = _parse_json(text, str(path))
-    if not isinstance(content, _Object) or not isinstance(content.get("questions"), list):
-        raise ValueError(f'{path}: no list "questions" at the top level; wanted {FAQ_FORMATS}')
-    if content.repeated is not None:
-        raise ValueError(f"{path}: the key {content.repeated!r} stands twice at the top level; wanted it once")
-    if not content["questions"]:
-        raise ValueError(f'{path}: the list "questions" is empty; wanted at least one question with its answer')
-    return [_pair(record, f"{path}, question {number}") for number, record in enumerate(content["questions"], 1)]
-
-
-class _Object(dict[str, Any]):
-    """A JSON object that remembers a key that stood in it twice."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]):
-        super().__init__(pairs)
-        keys = [key for key, _ in pairs]
-        self.repeated = next((key for key in keys if keys.count(key) > 1), None) if len(self) < len(keys) else None
-
-
-def _decode_utf8(data: bytes, path: Path) -> str:
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes; at most {LARGEST_FILE:,} are read")
     try:
-        return data.decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {line}: byte {error.start} is not UTF-8 ({error.reason}); save the file as UTF-8"
-        ) from error
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_Object, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
-        raise ValueError(f"{where}: not JSON at {at}: {error.msg}") from error
-    except RecursionError as error:
-        raise ValueError(f"{where}: not usable JSON: nested too deeply") from error
-    except ValueError as error:  # NaN and Infinity, and integers of thousands of digits
-        raise ValueError(f"{where}: not usable JSON: {error}") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _first_line_is_a_record(text: str) -> bool:
-    try:
-        record = json.loads(text.lstrip().split("\n", 1)[0])
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and "questions" not in record
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
+    if path.suffix == ".jsonl":
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        records = [(f"{path}, line {number}", _parse(line, f"{path}, line {number}")) for number, line in lines]
+    else:
+        content = _parse(text, str(path))
+        if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
+            raise ValueError(f'{path}: wanted {{"questions": [{{"question": ..., "answer": ...}}, ...]}}')
+        records = [(f"{path}, question {number}", record) for number, record in enumerate(content["questions"], 1)]
+    if not records:
+        raise ValueError(f"{path}: has no questions")
+    return [_pair(record, where) for where, record in records]
 
 
 def _pair(record: Any, where: str) -> tuple[str, str]:
-    if not isinstance(record, _Object):
-        raise ValueError(f'{where}: {type(record).__name__}; wanted an object with "question" and "answer"')
-    if record.repeated is not None:
-        raise ValueError(f"{where}: the key {record.repeated!r} stands twice; wanted it once")
-    texts = []
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: is {type(record).__name__}; wanted an object with question and answer")
     for key in ("question", "answer"):
-        if key not in record:
-            raise ValueError(f'{where}: no "{key}"; its keys are {sorted(record)}, wanted "question" and "answer"')
-        text = record[key]
-        if not isinstance(text, str):
-            raise TypeError(f'{where}: "{key}" is {type(text).__name__}; wanted a string')
-        if not text.strip():
-            raise ValueError(f'{where}: "{key}" is empty; fill it in or take the record out')
-        if len(text) > MAX_TEXT:
-            raise ValueError(f'{where}: "{key}" has {len(text):,} characters; wanted at most {MAX_TEXT:,}')
-        if not _is_unicode(text):
-            raise ValueError(f'{where}: "{key}" holds half a surrogate pair; wanted text that UTF-8 can write')
-        texts.append(text.strip())
-    return texts[0], texts[1]
+        value = record.get(key)
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {key} is {value!r:.60}; wanted a string")
+        if not value.strip():
+            raise ValueError(f"{where}: the {key} is empty")
+    return record["question"].strip(), record["answer"].strip()
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Batch:
-    """Some rows of training text.
+    """Rows of tokens, padded on the right.
 
     Attributes:
-        input_ids: (B, T) int64, padded on the right.
-        labels: (B, T) int64, aligned with input_ids (the loss shifts them): the ids of answer and end of text, else -100.
+        input_ids: int64 (B, T).
+        labels: int64 (B, T), aligned with input_ids: the token itself where the loss counts it, else -100. The loss
+            compares the logits of position t with the label of position t + 1.
+        n_tokens: labels that count.
     """
 
     input_ids: Tensor
     labels: Tensor
-
-    @property
-    def n_tokens(self) -> int:
-        """The number of labels that a loss can count: those that a position before them predicts."""
-        return int((self.labels[:, 1:] != NO_LABEL).sum())
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What `faq_batches` made of a file; `print` it.
-
-    Attributes:
-        path: the file. records: how many it holds. skipped: (number of the record, its tokens) of those that do not fit in
-            max_length. tokens: of the others, prompts included. labels: those that the loss counts. longest: tokens of the
-            longest record that is used.
-    """
-
-    path: str
-    records: int
-    max_length: int
-    skipped: tuple[tuple[int, int], ...]
-    tokens: int
-    labels: int
-    longest: int
-
-    def __str__(self) -> str:
-        used = self.records - len(self.skipped)
-        text = f"{self.path}: {used:,} of {self.records:,} questions, {self.tokens:,} tokens, {self.labels:,} of them learnt"
-        return f"{text}\n{self.describe_skipped()}" if self.skipped else text
-
-    def describe_skipped(self) -> str:
-        """Returns the sentence about the records that do not fit."""
-        named = ", ".join(f"question {number} ({length} tokens)" for number, length in self.skipped[:5])
-        more = f" and {len(self.skipped) - 5:,} more" if len(self.skipped) > 5 else ""
-        return f"skipped {len(self.skipped):,} longer than max_length={self.max_length}: {named}{more}"
+    n_tokens: int
 
 
 class FAQBatches:
-    """The batches of a FAQ. Iterating gives the rest of the current epoch and moves on to the next one.
+    """The batches of a question-answer file; iterating runs through one epoch, and the next time through the next.
+
+    The order of an epoch depends on the seed and the number of the epoch alone. An answer too long for max_length is left
+    out, never cut, and `skipped` names it.
 
     Args:
-        examples: (ids, number of ids that belong to the prompt) for each record.
-        report: what the examples were made of.
-        pad_id: any id; no label ever stands on it.
-        batch_size: rows in a batch; the last batch of an epoch may have fewer.
-        seed, shuffle: with shuffle the order of an epoch depends on (seed, epoch) alone, else it is the order of the file.
+        pairs: (question, answer). tokenizer: of the model. batch_size: rows a batch. max_length: tokens a row may have.
+        seed: of the order. shuffle: False keeps the order of the file in every epoch.
 
     Attributes:
-        epoch: the current epoch, from 0. position: the batches of it that were handed out.
+        skipped: the questions that were left out.
+
+    Raises:
+        ValueError: a size below 1, or all answers too long.
     """
 
     def __init__(
         self,
-        examples: Sequence[tuple[Sequence[int], int]],
-        report: DataReport,
+        pairs: list[tuple[str, str]],
+        tokenizer: Tokenizer,
         *,
-        pad_id: int,
         batch_size: int = 1,
+        max_length: int = 512,
         seed: int = 0,
         shuffle: bool = True,
     ):
-        self._examples = [(tuple(ids), prompt_length) for ids, prompt_length in examples]
-        self._report = report
-        self._pad_id = pad_id
-        self._settings = {"seed": seed, "shuffle": shuffle, "batch_size": batch_size, "data": self._fingerprint()}
+        if batch_size < 1 or max_length < 1:
+            raise ValueError(f"faq_batches: batch_size {batch_size} and max_length {max_length} must be at least 1")
+        self.batch_size, self.max_length, self.seed, self.shuffle = batch_size, max_length, seed, shuffle
+        self.rows: list[tuple[list[int], list[int]]] = []
+        self.skipped: list[str] = []
+        for question, answer in pairs:
+            row = encode_prompt(tokenizer, question), encode_answer(tokenizer, answer)
+            if len(row[0]) + len(row[1]) > max_length:
+                self.skipped.append(question)
+            else:
+                self.rows.append(row)
+        if not self.rows:
+            raise ValueError(
+                f"faq_batches: all {len(pairs)} questions with their answers are longer than max_length={max_length} "
+                "tokens; raise it"
+            )
         self.epoch = 0
-        self.position = 0
+        self.position = 0  # batches of this epoch already given out
 
     def __len__(self) -> int:
-        return -(-len(self._examples) // self._settings["batch_size"])
+        return -(-len(self.rows) // self.batch_size)
+
+    def order(self, epoch: int) -> list[int]:
+        """Returns the rows' indices in the order of an epoch."""
+        if not self.shuffle:
+            return list(range(len(self.rows)))
+        # Two numbers seed the order; the odd multiplier keeps (0, 1) and (1, 0) apart.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(len(self.rows), generator=generator).tolist()
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, size = self.epoch, self._settings["batch_size"]
-        order = self._order(epoch)
-        while self.epoch == epoch:
-            rows = order[self.position * size : (self.position + 1) * size]
-            # Moved on before the batch is handed out: a state taken while it is worked on counts it as seen.
+        order = self.order(self.epoch)
+        while self.position < len(self):
+            first = self.position * self.batch_size
+            # Counted before it is given out: a state saved while the batch is in use says it is used.
             self.position += 1
-            if self.position == len(self):
-                self.epoch, self.position = epoch + 1, 0
-            yield self._batch(rows)
+            yield collate([self.rows[index] for index in order[first : first + self.batch_size]])
+        self.epoch, self.position = self.epoch + 1, 0
 
-    @property
-    def max_id(self) -> int:
-        """The highest id in any batch; the model needs an embedding for it."""
-        return max(self._pad_id, max(max(ids) for ids, _ in self._examples))
+    def state_dict(self) -> dict[str, int]:
+        """Returns where in which epoch the iteration stands, and what the order hangs on."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "rows": len(self.rows),
+        }
 
-    def report(self) -> DataReport:
-        """Returns how many records there are, how many tokens they have and which were skipped."""
-        return self._report
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the settings and the place reached, as numbers and strings."""
-        return {**self._settings, "epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Returns nothing; goes to the place that a state names.
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues where a state was taken.
 
         Raises:
-            ValueError: the state was taken of other data or other settings, or names no place. Nothing is changed then.
+            ValueError: the state is of other data, another batch size or seed.
         """
-        wrong = [f"{name}: {state.get(name)!r} saved, {value!r} now" for name, value in self._settings.items()]
-        wrong = [line for line, (name, value) in zip(wrong, self._settings.items(), strict=True) if state.get(name) != value]
-        if wrong:
-            raise ValueError(f"FAQBatches: the state belongs to other batches ({'; '.join(wrong)})")
-        epoch, position = state.get("epoch"), state.get("position")
-        if type(epoch) is not int or type(position) is not int or epoch < 0 or not 0 <= position < len(self):
-            raise ValueError(f"FAQBatches: epoch {epoch!r}, position {position!r}; wanted 0 <= position < {len(self)}")
-        self.epoch, self.position = epoch, position
+        for key in ("seed", "batch_size", "rows"):
+            if state[key] != self.state_dict()[key]:
+                raise ValueError(f"the data has {key}={self.state_dict()[key]}, the saved run had {state[key]}")
+        self.epoch, self.position = state["epoch"], state["position"]
 
-    def _order(self, epoch: int) -> list[int]:
-        # Sorted by a hash rather than drawn from a generator: the same in every version of Python and torch.
-        def key(index: int) -> bytes:
-            return hashlib.sha256(f"{self._settings['seed']}/{epoch}/{index}".encode()).digest()
+    def report(self) -> str:
+        """Returns how many questions are used and which were left out."""
+        text = f"{len(self.rows)} questions in {len(self)} batches an epoch"
+        if self.skipped:
+            text += f"; {len(self.skipped)} left out, longer than {self.max_length} tokens: "
+            text += "; ".join(self.skipped[:3]) + (" ..." if len(self.skipped) > 3 else "")
+        return text
 
-        indices = list(range(len(self._examples)))
-        return sorted(indices, key=key) if self._settings["shuffle"] else indices
 
-    def _batch(self, rows: list[int]) -> Batch:
-        length = max(len(self._examples[row][0]) for row in rows)
-        input_ids = torch.full((len(rows), length), self._pad_id, dtype=torch.int64)
-        labels = torch.full((len(rows), length), NO_LABEL, dtype=torch.int64)
-        for row, (ids, prompt_length) in enumerate(self._examples[index] for index in rows):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            labels[row, prompt_length : len(ids)] = input_ids[row, prompt_length : len(ids)]
-        return Batch(input_ids, labels)
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for ids, prompt_length in self._examples:
-            digest.update(f"{prompt_length}:{','.join(map(str, ids))};".encode())
-        return digest.hexdigest()
+def collate(rows: list[tuple[list[int], list[int]]]) -> Batch:
+    """Returns a batch of (prompt ids, answer ids) rows, padded on the right with id 0, which attention never sees."""
+    length = max(len(prompt) + len(answer) for prompt, answer in rows)
+    input_ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    labels = torch.full((len(rows), length), IGNORED, dtype=torch.int64)
+    for i, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        input_ids[i, :end] = torch.tensor(prompt + answer)
+        labels[i, len(prompt) : end] = torch.tensor(answer)
+    return Batch(input_ids, labels, sum(len(answer) for _, answer in rows))
 
 
 def faq_batches(
-    path: str | os.PathLike[str],
+    path: str | pathlib.Path,
     tokenizer: Tokenizer,
     *,
     batch_size: int = 1,
@@ -419,49 +294,17 @@ def faq_batches(
     seed: int = 0,
     shuffle: bool = True,
 ) -> FAQBatches:
-    """Returns the batches of a FAQ file, to be handed to `finetune`.
-
-    Args:
-        path: see `read_faq`.
-        tokenizer: with `<|endoftext|>` in its vocabulary.
-        batch_size: rows in a batch.
-        max_length: most tokens of a row, prompt, answer and end of text together. Records that do not fit are skipped, with
-            a warning: an answer cut short would teach the model to stop in the middle.
-        seed: decides the order together with the epoch. shuffle: False keeps the order of the file.
+    """Returns the batches of a question-answer file; see `read_faq` for the file and `FAQBatches` for the rest.
 
     Raises:
-        ValueError: a setting is out of range, or no record fits; besides what `read_faq` raises.
+        FileNotFoundError, ValueError: as `read_faq` and `FAQBatches`.
 
     Example:
-        >>> batches = qlite.faq_batches("faq.json", tokenizer, batch_size=1, max_length=512)
-        >>> print(batches.report())
-        faq.json: 82 of 82 questions, 4,019 tokens, 2,610 of them learnt
+        >>> from qlite.data import ASSETS
+        >>> tokenizer = qlite.load_tokenizer(ASSETS / "tiny-falcon")
+        >>> batches = qlite.faq_batches(ASSETS / "faq.json", tokenizer, batch_size=4)
+        >>> next(iter(batches)).input_ids.shape[0]
+        4
     """
-    for name, value in {"batch_size": batch_size, "max_length": max_length}.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"faq_batches: {name} is {value!r}; wanted a whole number of at least 1")
-    if type(seed) is not int:
-        raise ValueError(f"faq_batches: seed is {seed!r}; wanted a whole number")
-    end = end_of_text_id(tokenizer)
     pairs = read_faq(path)
-    examples, skipped = [], []
-    for number, (question, answer) in enumerate(pairs, 1):
-        prompt = encode_prompt(tokenizer, question)
-        ids = [*prompt, *encode_text(tokenizer, format_answer(answer)), end]
-        if len(ids) > max_length:
-            skipped.append((number, len(ids)))
-        else:
-            examples.append((ids, len(prompt)))
-    if not examples:
-        shortest = min(length for _, length in skipped)
-        raise ValueError(
-            f"{path}: none of its {len(pairs):,} questions with answers fits in max_length={max_length}; the shortest has "
-            f"{shortest} tokens. Raise max_length"
-        )
-    tokens = sum(len(ids) for ids, _ in examples)
-    labels = tokens - sum(length for _, length in examples)
-    longest = max(len(ids) for ids, _ in examples)
-    report = DataReport(os.fspath(path), len(pairs), max_length, tuple(skipped), tokens, labels, longest)
-    if skipped:
-        warnings.warn(f"{path}: {report.describe_skipped()}", stacklevel=2)
-    return FAQBatches(examples, report, pad_id=end, batch_size=batch_size, seed=seed, shuffle=shuffle)
+    return FAQBatches(pairs, tokenizer, batch_size=batch_size, max_length=max_length, seed=seed, shuffle=shuffle)
