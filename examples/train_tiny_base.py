@@ -1,6 +1,6 @@
 """Make the tiny base of the demo from scratch: tokenizer, corpus, model, checkpoint.
 
-    python examples/train_tiny_base.py --device cuda --minutes 3 --output tiny-falcon
+    python examples/train_tiny_base.py --device cuda --minutes 1 --output tiny-falcon
 
 It trains a Falcon of the 7B kind (multi-query, parallel attention, rotary positions) with under four million parameters on
 the text of tiny_base_corpus.py and writes it as the hub has its checkpoints: config.json, tokenizer.json, model.safetensors
@@ -119,7 +119,7 @@ def main() -> None:
     """Builds the corpus, trains, writes the checkpoint and its report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=3.0, help="of training; corpus and tokenizer come on top")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of training; corpus and tokenizer come on top")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
