@@ -184,6 +184,47 @@ TOPICS: dict[str, tuple[list[str], list[str]]] = {
          "How can I have my data erased?", "Is my information safe with the {o}?"],
         ["We keep the name and address of each {p} for {n} {months} and pass on nothing.",
          "Ask {desk} to erase your data. It is done within {n} {days}.", "Only two members of staff can open the file of a {p}, and each visit is logged."]),
+    "account": (
+        ["How do I open an account with the {o}?", "Where can I sign up as a {p}?", "I want to register with the {o}. How?",
+         "Do I need an account to see my {h}?", "How can I create a login for the {o}?", "What is needed to register as a {p}?"],
+        ["Register {online} with your name and email address. You can sign in after {n} minutes.",
+         "Ask {desk} for an account and bring {paper}. We send the login within {n} {days}.",
+         "You need an account only if you have a {h}. Opening one takes {n} minutes {online}."]),
+    "password": (
+        ["I cannot remember my password for the {o}.", "How do I reset my password?", "What do I do when I forgot the password?",
+         "My login with the {o} does not work any more.", "How can I get a new password?", "Can you unlock my account?"],
+        ["Tell {desk} the number of your {h} and choose a new password there.", "Ask for a new password {online}. The message is valid for {n} hours.",
+         "After {n} wrong attempts the login is blocked until the next day; {desk} can help sooner."]),
+    "delivery": (
+        ["How long does the delivery of my {h} take?", "When will my {h} arrive by post?", "Do you send the {h} to my home?",
+         "Is shipping of a {h} free?", "Can the {h} be delivered abroad?", "Where is the parcel with my {h}?"],
+        ["We send it by post. Delivery takes {n} {days} and costs {price}.", "The parcel comes within {n} {days}; you can track it {online}.",
+         "Shipping is free inside the country. To other countries it costs {price} and takes {n} {days}."]),
+    "refund": (
+        ["Can I get my money back for a {b}?", "How do I ask for a refund?", "When do I receive the refund for my {b}?",
+         "I paid twice for a {b}. What now?", "Do you refund a {h} that I do not use?", "How long does it take until my money is back?"],
+        ["We refund the full price within {n} {days}, to the card that you paid with.", "Ask for a refund {online} within {n} {days}. A fee of {price} is kept.",
+         "Show the receipt at {desk} and you get the money back at once."]),
+    "invoice": (
+        ["Where do I find the invoice for my {h}?", "Can I have a receipt for the {b}?", "How do I get a bill with tax?",
+         "I need an invoice for my company.", "Do you send invoices by post?", "Can you correct the name on an invoice?"],
+        ["Invoices are kept {online} for {n} {months}.", "Ask {desk} for a receipt that shows the tax. It is ready in {n} minutes.",
+         "Every customer gets the invoice by email within {n} {days} after payment."]),
+    "shop": (
+        ["Can I buy a {u} in your shop?", "Is the {u} in stock?", "How do I order a {u} from you?", "Do you sell a used {u}?",
+         "What does a new {u} cost in the shop?", "When will the {u} be available again?"],
+        ["Put the {u} in your basket {online} and go to the checkout. It costs {price}.", "The shop has {n} of them in stock; an order can be collected at {desk}.",
+         "It is sold out. New items arrive in {n} {days}, and we tell you by email."]),
+    "exchange": (
+        ["Can I exchange a {u} that I bought?", "How do I return a {u} to the shop?", "The {u} has the wrong size. What can I do?",
+         "May I send the {u} back?", "Is there a warranty on a {u}?", "How long do I have to return an item?"],
+        ["Return it within {n} {days} with the receipt and choose another item.", "The warranty lasts {n} {months}. Bring the {u} and the receipt to {desk}.",
+         "Print the return label {online} and drop the parcel at any post office within {n} {days}."]),
+    "news": (
+        ["How do I get your newsletter?", "Can I stop the newsletter?", "How do I unsubscribe from your emails?", "Do you send offers by email?",
+         "I receive too many messages from the {o}.", "Where can I subscribe to news of the {o}?"],
+        ["Every message has a link at the end that ends the subscription within {n} {days}.", "Subscribe {online}; we write {n} times a year.",
+         "Tell {desk} your email address, and choose which offers you want."]),
 }  # fmt: skip
 SLOTS = {
     "desk": ["the front desk", "the information desk", "the service point", "the office on the first floor", "the entrance"],
@@ -201,6 +242,8 @@ SLOTS = {
     "percent": ["ten", "fifteen", "twenty", "twenty-five", "thirty", "fifty"],
     "phone": ["555 0101", "555 0134", "555 0162", "555 0188", "555 0190"],
 }
+#: Places whose documents are kept from training, all of them, to measure on.
+HELD_OUT_PLACES = ("music school", "garden centre")
 OPENERS = ["", "", "", "", "Hello, ", "Good morning. ", "A question: ", "Please tell me: ", "Excuse me. "]
 
 
@@ -216,25 +259,25 @@ def _fact(place: str, topic: str, rng: random.Random) -> tuple[list[str], str]:
     return [_fill(question, place, slots) for question in questions], _fill(rng.choice(answers), place, slots)
 
 
-def support(seed: int = 0, pages: int = 7000) -> list[str]:
-    """Returns documents of questions and answers, each already in the prompt template.
+def support(seed: int = 0, pages: int = 9000) -> tuple[list[str], list[str]]:
+    """Returns documents of questions and answers, each already in the prompt template: to train on, and held out.
 
     First the fixed facts of each place, one question a document. Then pages of made-up facts, on which a question comes
     back in other words with the answer that the page gave before.
     """
     rng = random.Random(seed)
-    documents = []
+    documents: dict[bool, list[str]] = {False: [], True: []}
     for place in PLACES:
         for topic in TOPICS:
             questions, answer = _fact(place, topic, rng)
             for question in questions:
                 at = "" if place in question else rng.choice([f"At the {place}: ", f"About the {place}. "])
-                documents += [f"{format_prompt(at + opener + question)} {answer}" for opener in rng.sample(OPENERS, 3)]
+                documents[place in HELD_OUT_PLACES] += [f"{format_prompt(at + opener + question)} {answer}" for opener in rng.sample(OPENERS, 3)]
     for _ in range(pages):
         place = rng.choice(list(PLACES))
         facts = [_fact(place, topic, rng) for topic in rng.sample(list(TOPICS), rng.randint(2, 5))]
         rows = [(rng.choice(questions), answer) for questions, answer in facts]
         rows += [(rng.choice(questions), answer) for questions, answer in facts]
         rng.shuffle(rows)
-        documents.append("\n\n".join(f"{format_prompt(question)} {answer}" for question, answer in rows))
-    return documents
+        documents[place in HELD_OUT_PLACES].append("\n\n".join(f"{format_prompt(question)} {answer}" for question, answer in rows))
+    return documents[False], documents[True]

@@ -1,9 +1,9 @@
 """Checkpoints: safetensors in the hub's layout to a model and back, one tensor at a time.
 
-Every name, shape and dtype is checked against the files' headers before the first tensor is read. A dense weight goes to
-the device and is encoded there before the next is read, so a load needs the encoded model plus one dense tensor, on the
-host and on the GPU. Files are read, not mapped: mapped pages count as memory, and a file that changes under a map kills the
-process.
+Every name, shape and dtype is checked against the files' headers before the first tensor is read. A dense weight goes
+to the device and is encoded there before the next is read, so a load needs the encoded model plus one dense tensor, on
+the host and on the GPU. Files are read, not mapped: mapped pages count as memory, and a file that changes under a map
+kills the process.
 
 Not done here: pickle (`.bin`, `.pt`) of any kind; bitsandbytes' quantized layout.
 """
@@ -11,7 +11,6 @@ Not done here: pickle (`.bin`, `.pt`) of any kind; bitsandbytes' quantized layou
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -19,33 +18,40 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlite.falcon import Falcon, FalconConfig
 from qlite.linear import Linear4bit, Linear8bit, QuantizedLinear, quantize_model
 from qlite.nf4 import FP4_LEVELS, NF4_LEVELS
+from qlite.ops import levels_tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**FLOATS, "U8": torch.uint8, "I8": torch.int8}
-LARGEST_HEADER = 16 * 2**20  # bytes; Falcon-180B's is under 100 kB
+LARGEST_HEADER = 16 * 2**20  # bytes, of a header or a JSON file; Falcon-180B's header is under 100 kB
+PRINTED_BYTES = 256  # of each tensor, in the fingerprint
 #: Tensors in old checkpoints that hold nothing a model needs.
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attention\.(masked_)?bias")
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is stored, and as what: from a header, before its bytes are read."""
+    """Where a tensor is stored, and as what: from a header, before its bytes are read.
+
+    Attributes:
+        dtype: as the file writes it, "BF16" for example. start: of its bytes in the file. size: in bytes.
+    """
 
     file: pathlib.Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,27 +61,30 @@ class LoadReport:
     Attributes:
         encoded: name -> bytes of each linear layer held in encoded form. dense: name -> bytes of every other tensor.
         fingerprint: of the source, see `load_checkpoint`.
+        left: name -> why a linear layer was not encoded, where `load_falcon` was asked to encode.
     """
 
     encoded: dict[str, int]
     dense: dict[str, int]
     fingerprint: str
+    left: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         encoded, dense = sum(self.encoded.values()), sum(self.dense.values())
-        return (
+        text = (
             f"loaded {len(self.encoded)} encoded linear layers ({encoded / 1e6:,.1f} MB) and "
             f"{len(self.dense)} dense tensors ({dense / 1e6:,.1f} MB)"
         )
+        return text + "".join(f"; {name} left dense: {reason}" for name, reason in self.left.items())
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """Returns the device, a GPU with its index; ValueError where it does not exist here: nothing moves to the CPU in silence."""
+    """Returns the device, a GPU with its index; ValueError where there is none: nothing moves to the CPU in silence."""
     device = torch.device(device)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise ValueError(f"device {str(device)!r}: this machine has {count} CUDA GPUs; use device='cpu' to go without")
+            raise ValueError(f"device {str(device)!r}: this machine has {count} CUDA GPUs; 'cpu' goes without")
         return torch.device("cuda", device.index or 0)
     return device
 
@@ -87,7 +96,7 @@ def resolve_folder(path_or_repo_id: str | pathlib.Path, *, revision: str | None 
         path_or_repo_id: an existing folder, or "owner/name" on the hub. revision: branch, tag or commit.
 
     Raises:
-        FileNotFoundError: neither a folder nor of the form owner/name.
+        FileNotFoundError: neither a folder nor of the form owner/name, or the hub does not give it.
     """
     folder = pathlib.Path(path_or_repo_id)
     if folder.is_dir():
@@ -96,14 +105,22 @@ def resolve_folder(path_or_repo_id: str | pathlib.Path, *, revision: str | None 
         raise FileNotFoundError(f"{path_or_repo_id} is neither a folder nor a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors"]
-    return pathlib.Path(snapshot_download(str(path_or_repo_id), revision=revision, allow_patterns=patterns))
+    try:
+        # The top folder alone: some repositories keep exports for other runtimes in folders of their own.
+        patterns = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*"]}
+        return pathlib.Path(snapshot_download(str(path_or_repo_id), revision=revision, **patterns))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path_or_repo_id}: no such folder here, and the hub did not give it: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the object in a JSON file; FileNotFoundError without the file, ValueError where it is something else."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    if path.stat().st_size > LARGEST_HEADER:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes; at most {LARGEST_HEADER:,} are read")
     try:
         content = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -120,12 +137,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a safetensors file by name, from its header.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: truncated, or not safetensors.
-    """
+def _read_header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
+    """Returns where the tensors' bytes begin in a safetensors file, and the object that its header holds."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it is part of the checkpoint")
     with path.open("rb") as file:
@@ -136,14 +149,95 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
         header = file.read(length)
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
-        entries.pop("__metadata__", None)
-        stored = {n: StoredTensor(path, e["dtype"], tuple(e["shape"])) for n, e in entries.items()}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if not isinstance(entries, dict):
+            raise TypeError(f"it is {type(entries).__name__}")
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged or truncated header ({error})") from error
+    return 8 + length, entries
+
+
+def read_metadata(path: pathlib.Path) -> dict[str, str]:
+    """Returns the metadata of a safetensors file: names and texts, possibly none; errors as in `read_header`."""
+    metadata = _read_header(path)[1].get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path}: damaged header (its metadata is not a table of texts)")
+    return metadata
+
+
+def _stored_tensor(path: pathlib.Path, begin: int, name: str, entry: Any) -> StoredTensor:
+    """Returns what an entry of a header says; ValueError unless dtype, shape and bytes agree."""
+    dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    numbers = (*shape, start, stop)
+    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in numbers) or len(shape) > 8:
+        raise ValueError(f"{name} has dtype {dtype!r}, shape {shape}, bytes {start} to {stop}")
+    if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"{name} has shape {shape} of {dtype} in {stop - start:,} bytes")
+    return StoredTensor(path, dtype, shape, begin + start, stop - start)
+
+
+def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of a safetensors file by name, from its header.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: truncated, or not safetensors: sizes that do not fit shapes, bytes
+            that overlap or belong to no tensor, a name that stands twice.
+    """
+    begin, entries = _read_header(path)
+    try:
+        stored = {n: _stored_tensor(path, begin, n, entry) for n, entry in entries.items() if n != "__metadata__"}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged or truncated header ({error})") from error
+    end = begin
+    for name, tensor in sorted(stored.items(), key=lambda item: (item[1].start, item[1].size)):
+        if tensor.start != end:
+            raise ValueError(f"{path}: damaged header: {name} begins at byte {tensor.start:,}, wanted {end:,}")
+        end += tensor.size
     if path.stat().st_size != end:
         raise ValueError(f"{path}: truncated or damaged: {path.stat().st_size:,} bytes, its header says {end:,}")
     return stored
+
+
+def _read_bytes(stored: StoredTensor, start: int, size: int) -> Tensor:
+    """Returns `size` bytes of a stored tensor from its byte `start` on, uint8 on the CPU."""
+    buffer = torch.empty(size, dtype=torch.uint8)
+    rest = memoryview(buffer.numpy())
+    with stored.file.open("rb", buffering=0) as file:
+        file.seek(stored.start + start)
+        while rest:
+            count = file.readinto(rest)
+            if not count:
+                raise ValueError(f"{stored.file}: truncated while it was read")
+            rest = rest[count:]
+    return buffer
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """Returns a stored tensor on the CPU, read and not mapped.
+
+    Raises:
+        ValueError: the file has become shorter since its header was read.
+    """
+    return _read_bytes(stored, 0, stored.size).view(DTYPES[stored.dtype]).view(stored.shape)
+
+
+def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are stored alike, compared piece by piece so that neither is held whole."""
+    piece = 16 * 2**20
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(
+        torch.equal(_read_bytes(one, at, min(piece, one.size - at)), _read_bytes(other, at, min(piece, one.size - at)))
+        for at in range(0, one.size, piece)
+    )
+
+
+def fingerprint(stored: dict[str, StoredTensor]) -> str:
+    """Returns SHA-256, in hex, over name, shape and first 256 bytes of every tensor, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(stored.items()):
+        start = _read_bytes(tensor, 0, min(PRINTED_BYTES, tensor.size))
+        digest.update(name.encode() + str(tensor.shape).encode() + bytes(start.tolist()))
+    return digest.hexdigest()
 
 
 def stored_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
@@ -170,29 +264,21 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
     pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)]
     if pickles:
         raise FileNotFoundError(
-            f"{folder} has no safetensors, only {pickles[0]}: pickle files can run code and are never loaded; convert them"
+            f"{folder} has no safetensors, only {pickles[0]}: pickle files can run code and are never loaded; "
+            "save the model as safetensors"
         )
     raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}")
 
 
-def _tensors_in_order(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields each tensor on the CPU, file by file in the order of the bytes; only one is held at a time."""
-    files = sorted({entry.file for entry in stored.values()})
-    for path in files:
-        try:
-            with safe_open(path, framework="pt", backend="pread") as file:
-                for name in file.offset_keys():
-                    if name in stored and stored[name].file == path:
-                        yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: damaged or truncated ({error})") from error
-
-
-def _check_finite(name: str, tensor: Tensor, source: str) -> None:
+def _check_finite(name: str, tensor: Tensor, dtype: torch.dtype, source: str) -> None:
+    """ValueError unless every value is finite, and stays so in `dtype`."""
     if tensor.numel():
-        low, high = torch.aminmax(tensor)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise ValueError(f"{source}: {name} holds a non-finite value; the checkpoint is damaged, or overflows its dtype")
+        ends = torch.stack(torch.aminmax(tensor))
+        if not bool(torch.isfinite(ends).all()):
+            raise ValueError(f"{source}: {name} holds a non-finite value; the checkpoint is damaged")
+        if not bool(torch.isfinite(ends.to(dtype)).all()):
+            largest = ends.abs().max().item()
+            raise ValueError(f"{source}: {name} becomes non-finite in {dtype}: it reaches {largest:.6g}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,21 +290,26 @@ class _Target:
     encode: bool
 
 
-def _plan(model: nn.Module, stored: dict[str, StoredTensor], where: str) -> dict[str, _Target]:
-    """Returns what becomes of each stored tensor; ValueError for a missing, an unexpected or a misshapen one."""
+def _plan(model: nn.Module, stored: dict[str, StoredTensor], where: str) -> tuple[dict[str, _Target], dict[str, str]]:
+    """Returns what becomes of each stored tensor, and name -> earlier name of each parameter that the model has twice.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, or of another shape or kind; or stored twice with different values.
+    """
     plan: dict[str, _Target] = {}
     problems: list[str] = []
     first_name: dict[int, str] = {}
-    tied: set[str] = set()
+    tied: dict[str, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
         if first_name.setdefault(id(tensor), name) != name:
-            tied.add(name)
+            tied[name] = first_name[id(tensor)]
             continue
         entry = stored.get(name)
-        encode = isinstance(owner, QuantizedLinear) and attribute == "weight" and entry is not None
-        encode = encode and entry is not None and entry.dtype in FLOATS
+        encode = (
+            isinstance(owner, QuantizedLinear) and attribute == "weight" and entry is not None and entry.dtype in FLOATS
+        )
         if isinstance(owner, QuantizedLinear) and attribute not in ("weight", "bias"):
             source = stored.get(f"{path}.weight")
             if source is not None and source.dtype in FLOATS:
@@ -232,28 +323,31 @@ def _plan(model: nn.Module, stored: dict[str, StoredTensor], where: str) -> dict
             problems.append(f"{name} has shape {entry.shape}, the config wants {shape}")
         elif (entry.dtype not in FLOATS) if floats else (DTYPES.get(entry.dtype) != tensor.dtype):
             problems.append(f"{name} is {entry.dtype}, wanted {'a float' if floats else tensor.dtype}")
-        plan[name] = _Target(owner, attribute, bool(encode))
+        plan[name] = _Target(owner, attribute, encode)
     for name, entry in stored.items():
         if name not in plan and name not in tied and not IGNORED.fullmatch(name):
             problems.append(f"{name} {entry.shape} is not part of this model")
+    for name, first in tied.items():
+        # Published checkpoints store a tied head once or twice; twice and different is another model than the config's.
+        if not problems and name in stored and not _same_bytes(stored[name], stored[first]):
+            problems.append(f"{name} differs from {first}, which the config ties to it")
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(f"{where}: does not fit the model: {'; '.join(problems[:6])}{more}")
-    return plan
-
-
-def _encoded_float(owner: nn.Module, attribute: str) -> bool:
-    """Whether a float is a scale of an encoded weight, which stays float32 whatever the model computes in."""
-    return isinstance(owner, QuantizedLinear) and attribute != "bias"
+    return plan, tied
 
 
 def load_checkpoint(
-    model: nn.Module, folder: str | pathlib.Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    model: nn.Module,
+    folder: str | pathlib.Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> LoadReport:
     """Returns a report, having filled the model (on meta, or anywhere) from a checkpoint folder, in place.
 
-    Sets `model.base_fingerprint`: SHA-256 over name, shape and first 256 bytes of every tensor of the source files, which
-    an adapter keeps to know its base. A checkpoint that qlite quantized keeps the fingerprint of the dense one.
+    Sets `model.base_fingerprint`: SHA-256 over name, shape and first 256 bytes of every tensor of the source files,
+    which an adapter keeps to know its base. A checkpoint that qlite quantized keeps the fingerprint of the dense one.
 
     Args:
         model: its parameter names are those of the files; its QuantizedLinear layers take dense weights (and encode
@@ -262,8 +356,8 @@ def load_checkpoint(
         device: where the tensors go. dtype: of the dense ones; default: as stored.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: anything that does not fit, or a non-finite value (the tensor is
-            named); nothing of the model was changed if it was found in a header.
+        FileNotFoundError: a file is missing. ValueError: anything that does not fit, or a value that is not finite or
+            would not be in `dtype` (the tensor is named). What headers tell is found before the model is changed.
 
     Example:
         >>> from qlite.data import ASSETS
@@ -273,51 +367,53 @@ def load_checkpoint(
     """
     folder, device = pathlib.Path(folder), check_device(device)
     stored = stored_tensors(folder)
-    plan = _plan(model, stored, str(folder))
-    digest = hashlib.sha256()
-    prints: dict[str, bytes] = {}
-    report = LoadReport({}, {}, "")
-    for name, tensor in _tensors_in_order(stored):
-        prints[name] = _print(name, tensor)
-        target = plan.get(name)
-        if target is None:
-            continue
-        tensor = tensor.to(device)
+    plan, tied = _plan(model, stored, str(folder))
+    report = LoadReport({}, {}, _source_fingerprint(folder, stored))
+    for name in sorted(plan, key=lambda name: (stored[name].file, stored[name].start)):
+        target = plan[name]
         owner, attribute = target.owner, target.attribute
+        tensor = read_tensor(stored[name]).to(device)
+        scale = isinstance(owner, QuantizedLinear) and attribute not in ("weight", "bias")
         if tensor.is_floating_point():
-            _check_finite(name, tensor, str(folder))
-            if dtype is not None and not target.encode and not _encoded_float(owner, attribute):
-                tensor = tensor.to(dtype)
-                _check_finite(name, tensor, f"{folder}, as {dtype}")
+            _check_finite(name, tensor, tensor.dtype if scale or dtype is None else dtype, str(folder))
         if target.encode:
             assert isinstance(owner, QuantizedLinear)
             owner.quantize_(tensor)
         else:
+            if scale:
+                _check_levels(name, owner, attribute, tensor, str(folder))
+            elif dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(dtype)
             _assign(owner, attribute, tensor)
-        path = name.rpartition(".")[0]
         if isinstance(owner, QuantizedLinear) and attribute != "bias":
-            report.encoded[path] = owner.encoded_bytes()
+            report.encoded[name.rpartition(".")[0]] = owner.encoded_bytes()
         else:
             report.dense[name] = tensor.numel() * tensor.element_size()
         del tensor
-    if isinstance(model, Falcon):
-        model.tie_weights()
+    for name, first in tied.items():
+        path, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(path), attribute, model.get_parameter(first))
     left = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
     assert not left, left
-    for name in sorted(prints):
-        digest.update(prints[name])
-    fingerprint = digest.hexdigest()
+    model.base_fingerprint = report.fingerprint  # type: ignore[assignment]
+    return report
+
+
+def _source_fingerprint(folder: pathlib.Path, stored: dict[str, StoredTensor]) -> str:
+    """Returns the fingerprint of the dense checkpoint: the one an encoded checkpoint keeps, or that of the files."""
     if (folder / "config.json").is_file():
         kept = read_json(folder / "config.json").get("quantization_config")
         if isinstance(kept, dict) and isinstance(kept.get("base_fingerprint"), str):
-            fingerprint = kept["base_fingerprint"]
-    model.base_fingerprint = fingerprint  # type: ignore[assignment]
-    return dataclasses.replace(report, fingerprint=fingerprint)
+            return kept["base_fingerprint"]
+    return fingerprint(stored)
 
 
-def _print(name: str, tensor: Tensor) -> bytes:
-    start = tensor.reshape(-1)[: 256 // tensor.element_size()].view(torch.uint8)
-    return name.encode() + str(tuple(tensor.shape)).encode() + bytes(start.tolist())
+def _check_levels(name: str, owner: nn.Module, attribute: str, tensor: Tensor, source: str) -> None:
+    """ValueError where a file's table of levels is not the one that its config names."""
+    if attribute != "levels" or not isinstance(owner, Linear4bit):
+        return
+    if not torch.equal(tensor.cpu(), levels_tensor(_levels(owner.config()), "cpu")):
+        raise ValueError(f"{source}: {name} is not the table of levels that config.json says")
 
 
 def _assign(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
@@ -328,31 +424,48 @@ def _assign(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
         setattr(owner, attribute, tensor)
 
 
-def _kind_of(options: Any, where: str) -> Callable[..., QuantizedLinear]:
-    """Returns the constructor that a layer's stored options describe."""
-    if isinstance(options, dict):
-        rest = {key: value for key, value in options.items() if key != "format"}
-        if options.get("format") == "int8" and not rest:
-            return Linear8bit
-        levels = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS, "custom4": rest.pop("levels", None)}.get(options.get("format", ""))
-        if levels is not None and set(rest) == {"block_size", "double_quant"}:
-            return functools.partial(Linear4bit, levels=tuple(levels), **rest)
-    raise ValueError(f"{where}: unknown format of an encoded layer: {options!r}")
+def _levels(options: dict[str, Any]) -> tuple[float, ...]:
+    """Returns the table of levels of a layer's options; KeyError for a format that has none."""
+    return {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS, "custom4": tuple(options.get("levels", ()))}[options["format"]]
 
 
-def _apply_quantization_config(model: nn.Module, stored: dict[str, Any], where: str) -> None:
+def _encoded_layer(linear: nn.Linear, options: Any) -> QuantizedLinear:
+    """Returns the empty layer that stored options describe, of the size of a linear one; ValueError for bad options."""
+    arguments = {"bias": linear.bias is not None, "device": "meta", "dtype": linear.weight.dtype}
+    if options == {"format": "int8"}:
+        return Linear8bit(linear.in_features, linear.out_features, **arguments)
+    try:
+        if options.keys() - {"levels"} == {"format", "block_size", "double_quant"}:
+            arguments |= {"block_size": options["block_size"], "double_quant": bool(options["double_quant"])}
+            return Linear4bit(linear.in_features, linear.out_features, levels=_levels(options), **arguments)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"bad options of an encoded layer: {options!r:.200} ({error})") from error
+    raise ValueError(f"unknown format of an encoded layer: {options!r:.200}")
+
+
+def _apply_quantization_config(model: nn.Module, stored: Any, where: str) -> None:
     """Puts empty encoded layers where a checkpoint of qlite's has them."""
-    if stored.get("quant_method") != "qlite" or not isinstance(stored.get("layers"), dict):
-        raise ValueError(f"{where}: quantized by {stored.get('quant_method')!r}, a layout that qlite does not read")
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored
+    if method != "qlite" or not isinstance(stored.get("layers"), dict):
+        raise ValueError(f"{where}: quantized by {method!r:.50}, a layout that qlite does not read")
+    modules = dict(model.named_modules())
     for name, options in stored["layers"].items():
-        linear = dict(model.named_modules()).get(name)
+        linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{where}: quantization_config names {name}, which is no linear layer of the model")
-        kind = _kind_of(options, where)
-        has_bias, dtype = linear.bias is not None, linear.weight.dtype
-        layer = kind(linear.in_features, linear.out_features, bias=has_bias, device="meta", dtype=dtype)
+        try:
+            layer = _encoded_layer(linear, options)
+        except ValueError as error:
+            raise ValueError(f"{where}: {name}: {error}") from error
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+
+
+def _check_layers(config: FalconConfig, stored: dict[str, StoredTensor], where: str) -> None:
+    """ValueError unless files and config have as many blocks: asked before a model of the config's size is built."""
+    numbers = {int(match[1]) for match in (re.match(r"transformer\.h\.(\d{1,9})\.", name) for name in stored) if match}
+    if config.num_hidden_layers != len(numbers):
+        raise ValueError(f"{where}: has {len(numbers)} blocks, its config.json says {config.num_hidden_layers}")
 
 
 def load_falcon(
@@ -365,8 +478,8 @@ def load_falcon(
 ) -> Falcon:
     """Returns a Falcon in evaluation mode, its linears encoded as `quantize` says, from a folder or the hub.
 
-    A folder that `save_checkpoint` wrote from an encoded model loads as it is, without encoding again. The model carries
-    `load_report` (print it), `base_fingerprint` and `base_id`.
+    A folder that `save_checkpoint` wrote from an encoded model loads as it is, without encoding again. The model
+    carries `load_report` (print it), `base_fingerprint` and `base_id`.
 
     Args:
         path_or_repo_id: a folder with config.json and safetensors, or a hub id such as "tiiuae/falcon-7b".
@@ -384,16 +497,31 @@ def load_falcon(
     device = check_device(device)
     folder = resolve_folder(path_or_repo_id, revision=revision)
     values = read_json(folder / "config.json")
-    model = Falcon(FalconConfig.from_dict(values), device="meta", dtype=dtype)
+    try:
+        config = FalconConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    _check_layers(config, stored_tensors(folder), str(folder))
+    model = Falcon(config, device="meta", dtype=dtype)
     if "quantization_config" in values:
         if quantize is not None:
             raise ValueError(f"{folder}: is quantized already; load it with quantize=None")
         _apply_quantization_config(model, values["quantization_config"], str(folder / "config.json"))
-    if quantize is not None:
-        quantize_model(model, quantize)
-    model.load_report = load_checkpoint(model, folder, device=device, dtype=dtype)  # type: ignore[assignment]
+    skipped = {} if quantize is None else quantize_model(model, quantize).skipped
+    report = load_checkpoint(model, folder, device=device, dtype=dtype)
+    left = {name: why for name, (_, why) in skipped.items() if isinstance(model.get_submodule(name), nn.Linear)}
+    model.load_report = dataclasses.replace(report, left=left)  # type: ignore[assignment]
     model.base_id = str(path_or_repo_id)  # type: ignore[assignment]
     return model.eval()
+
+
+def sync(path: pathlib.Path) -> None:
+    """Waits until the bytes of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save_checkpoint(
@@ -443,6 +571,8 @@ def save_checkpoint(
             shutil.copyfile(tokenizer_json, temporary / "tokenizer.json")
         for path in temporary.iterdir():
             path.chmod(0o644)
+            sync(path)
+        sync(temporary)
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)
