@@ -272,12 +272,16 @@ def support(seed: int = 0, pages: int = 9000) -> tuple[list[str], list[str]]:
             questions, answer = _fact(place, topic, rng)
             for question in questions:
                 at = "" if place in question else rng.choice([f"At the {place}: ", f"About the {place}. "])
-                documents[place in HELD_OUT_PLACES] += [f"{format_prompt(at + opener + question)} {answer}" for opener in rng.sample(OPENERS, 3)]
+                documents[place in HELD_OUT_PLACES] += [
+                    f"{format_prompt(at + opener + question)} {answer}" for opener in rng.sample(OPENERS, 3)
+                ]
     for _ in range(pages):
         place = rng.choice(list(PLACES))
         facts = [_fact(place, topic, rng) for topic in rng.sample(list(TOPICS), rng.randint(2, 5))]
         rows = [(rng.choice(questions), answer) for questions, answer in facts]
         rows += [(rng.choice(questions), answer) for questions, answer in facts]
         rng.shuffle(rows)
-        documents[place in HELD_OUT_PLACES].append("\n\n".join(f"{format_prompt(question)} {answer}" for question, answer in rows))
+        documents[place in HELD_OUT_PLACES].append(
+            "\n\n".join(f"{format_prompt(question)} {answer}" for question, answer in rows)
+        )
     return documents[False], documents[True]

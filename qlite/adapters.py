@@ -15,13 +15,12 @@ import pathlib
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlite.checkpoint import read_header, read_json, resolve_folder
 from qlite.linear import QuantizedLinear
 from qlite.lora import ALL_LINEAR, AdapterReport, LoRAConfig, LoRALinear, add_lora
+from qlite.storage import FLOATS, read_header, read_json, read_metadata, read_tensor, resolve_folder
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model."
@@ -145,23 +144,19 @@ def _read_tensors(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, st
     """Returns `<layer>.lora_A` and `.lora_B` by name, float32, and the file's metadata."""
     path = folder / TENSORS
     tensors: dict[str, Tensor] = {}
-    read_header(path)
-    try:
-        with safe_open(path, framework="pt", backend="pread") as file:
-            metadata = file.metadata() or {}
-            for name in file.keys():  # noqa: SIM118, this is no dict
-                layer, _, key = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-                if not (name.startswith(PREFIX) and name.endswith(".weight") and key in ("lora_A", "lora_B")):
-                    raise ValueError(f"{path}: {name} is not a LoRA weight in PEFT's layout")
-                tensors[f"{layer}.{key}"] = file.get_tensor(name).float()
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or truncated ({error})") from error
-    if not tensors:
-        raise ValueError(f"{path}: holds no tensors")
-    for name, tensor in tensors.items():
+    for name, stored in read_header(path).items():
+        layer, _, key = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if not (name.startswith(PREFIX) and name.endswith(".weight") and key in ("lora_A", "lora_B")):
+            raise ValueError(f"{path}: {name} is not a LoRA weight in PEFT's layout")
+        if stored.dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is {stored.dtype}; wanted a float")
+        tensor = read_tensor(stored).float()
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{path}: {name} holds a non-finite value")
-    return tensors, metadata
+        tensors[f"{layer}.{key}"] = tensor
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors")
+    return tensors, read_metadata(path)
 
 
 def _check_fit(model: nn.Module, tensors: dict[str, Tensor], r: int, where: str) -> list[str]:
@@ -238,9 +233,7 @@ def _card(values: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def push_adapter(
-    folder: str | pathlib.Path, repo_id: str, *, private: bool = True, token: str | None = None
-) -> str:
+def push_adapter(folder: str | pathlib.Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
     """Returns the address of a commit on the hub that holds the adapter of a folder.
 
     Only adapter_config.json, adapter_model.safetensors and README.md are uploaded. A README.md is made where the folder

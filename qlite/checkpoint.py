@@ -29,29 +29,23 @@ from qlite.falcon import Falcon, FalconConfig
 from qlite.linear import Linear4bit, Linear8bit, QuantizedLinear, quantize_model
 from qlite.nf4 import FP4_LEVELS, NF4_LEVELS
 from qlite.ops import levels_tensor
+from qlite.storage import (
+    DTYPES,
+    FLOATS,
+    StoredTensor,
+    read_bytes,
+    read_header,
+    read_json,
+    read_tensor,
+    resolve_folder,
+    same_bytes,
+    sync,
+)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES = {**FLOATS, "U8": torch.uint8, "I8": torch.int8}
-LARGEST_HEADER = 16 * 2**20  # bytes, of a header or a JSON file; Falcon-180B's header is under 100 kB
 PRINTED_BYTES = 256  # of each tensor, in the fingerprint
 #: Tensors in old checkpoints that hold nothing a model needs.
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attention\.(masked_)?bias")
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor is stored, and as what: from a header, before its bytes are read.
-
-    Attributes:
-        dtype: as the file writes it, "BF16" for example. start: of its bytes in the file. size: in bytes.
-    """
-
-    file: pathlib.Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,153 +83,11 @@ def check_device(device: torch.device | str) -> torch.device:
     return device
 
 
-def resolve_folder(path_or_repo_id: str | pathlib.Path, *, revision: str | None = None) -> pathlib.Path:
-    """Returns the local folder of a path, or of a hub repository after downloading its json and safetensors files.
-
-    Args:
-        path_or_repo_id: an existing folder, or "owner/name" on the hub. revision: branch, tag or commit.
-
-    Raises:
-        FileNotFoundError: neither a folder nor of the form owner/name, or the hub does not give it.
-    """
-    folder = pathlib.Path(path_or_repo_id)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w\-]+/[\w.\-]+", str(path_or_repo_id)) or ".." in str(path_or_repo_id):
-        raise FileNotFoundError(f"{path_or_repo_id} is neither a folder nor a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        # The top folder alone: some repositories keep exports for other runtimes in folders of their own.
-        patterns = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*"]}
-        return pathlib.Path(snapshot_download(str(path_or_repo_id), revision=revision, **patterns))
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{path_or_repo_id}: no such folder here, and the hub did not give it: {' '.join(str(error).split())[:300]}"
-        ) from error
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; FileNotFoundError without the file, ValueError where it is something else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}")
-    if path.stat().st_size > LARGEST_HEADER:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes; at most {LARGEST_HEADER:,} are read")
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds {type(content).__name__}; wanted an object")
-    return content
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return result
-
-
-def _read_header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
-    """Returns where the tensors' bytes begin in a safetensors file, and the object that its header holds."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it is part of the checkpoint")
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > LARGEST_HEADER:
-            raise ValueError(f"{path}: not safetensors, or truncated (header of {length:,} bytes)")
-        header = file.read(length)
-    try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
-        if not isinstance(entries, dict):
-            raise TypeError(f"it is {type(entries).__name__}")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged or truncated header ({error})") from error
-    return 8 + length, entries
-
-
-def read_metadata(path: pathlib.Path) -> dict[str, str]:
-    """Returns the metadata of a safetensors file: names and texts, possibly none; errors as in `read_header`."""
-    metadata = _read_header(path)[1].get("__metadata__") or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{path}: damaged header (its metadata is not a table of texts)")
-    return metadata
-
-
-def _stored_tensor(path: pathlib.Path, begin: int, name: str, entry: Any) -> StoredTensor:
-    """Returns what an entry of a header says; ValueError unless dtype, shape and bytes agree."""
-    dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    numbers = (*shape, start, stop)
-    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in numbers) or len(shape) > 8:
-        raise ValueError(f"{name} has dtype {dtype!r}, shape {shape}, bytes {start} to {stop}")
-    if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ValueError(f"{name} has shape {shape} of {dtype} in {stop - start:,} bytes")
-    return StoredTensor(path, dtype, shape, begin + start, stop - start)
-
-
-def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a safetensors file by name, from its header.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: truncated, or not safetensors: sizes that do not fit shapes, bytes
-            that overlap or belong to no tensor, a name that stands twice.
-    """
-    begin, entries = _read_header(path)
-    try:
-        stored = {n: _stored_tensor(path, begin, n, entry) for n, entry in entries.items() if n != "__metadata__"}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged or truncated header ({error})") from error
-    end = begin
-    for name, tensor in sorted(stored.items(), key=lambda item: (item[1].start, item[1].size)):
-        if tensor.start != end:
-            raise ValueError(f"{path}: damaged header: {name} begins at byte {tensor.start:,}, wanted {end:,}")
-        end += tensor.size
-    if path.stat().st_size != end:
-        raise ValueError(f"{path}: truncated or damaged: {path.stat().st_size:,} bytes, its header says {end:,}")
-    return stored
-
-
-def _read_bytes(stored: StoredTensor, start: int, size: int) -> Tensor:
-    """Returns `size` bytes of a stored tensor from its byte `start` on, uint8 on the CPU."""
-    buffer = torch.empty(size, dtype=torch.uint8)
-    rest = memoryview(buffer.numpy())
-    with stored.file.open("rb", buffering=0) as file:
-        file.seek(stored.start + start)
-        while rest:
-            count = file.readinto(rest)
-            if not count:
-                raise ValueError(f"{stored.file}: truncated while it was read")
-            rest = rest[count:]
-    return buffer
-
-
-def read_tensor(stored: StoredTensor) -> Tensor:
-    """Returns a stored tensor on the CPU, read and not mapped.
-
-    Raises:
-        ValueError: the file has become shorter since its header was read.
-    """
-    return _read_bytes(stored, 0, stored.size).view(DTYPES[stored.dtype]).view(stored.shape)
-
-
-def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors are stored alike, compared piece by piece so that neither is held whole."""
-    piece = 16 * 2**20
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return all(
-        torch.equal(_read_bytes(one, at, min(piece, one.size - at)), _read_bytes(other, at, min(piece, one.size - at)))
-        for at in range(0, one.size, piece)
-    )
-
-
 def fingerprint(stored: dict[str, StoredTensor]) -> str:
     """Returns SHA-256, in hex, over name, shape and first 256 bytes of every tensor, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(stored.items()):
-        start = _read_bytes(tensor, 0, min(PRINTED_BYTES, tensor.size))
+        start = read_bytes(tensor, 0, min(PRINTED_BYTES, tensor.size))
         digest.update(name.encode() + str(tensor.shape).encode() + bytes(start.tolist()))
     return digest.hexdigest()
 
@@ -307,9 +159,7 @@ def _plan(model: nn.Module, stored: dict[str, StoredTensor], where: str) -> tupl
             tied[name] = first_name[id(tensor)]
             continue
         entry = stored.get(name)
-        encode = (
-            isinstance(owner, QuantizedLinear) and attribute == "weight" and entry is not None and entry.dtype in FLOATS
-        )
+        encode = isinstance(owner, QuantizedLinear) and attribute == "weight" and entry is not None and entry.dtype in FLOATS
         if isinstance(owner, QuantizedLinear) and attribute not in ("weight", "bias"):
             source = stored.get(f"{path}.weight")
             if source is not None and source.dtype in FLOATS:
@@ -329,7 +179,7 @@ def _plan(model: nn.Module, stored: dict[str, StoredTensor], where: str) -> tupl
             problems.append(f"{name} {entry.shape} is not part of this model")
     for name, first in tied.items():
         # Published checkpoints store a tied head once or twice; twice and different is another model than the config's.
-        if not problems and name in stored and not _same_bytes(stored[name], stored[first]):
+        if not problems and name in stored and not same_bytes(stored[name], stored[first]):
             problems.append(f"{name} differs from {first}, which the config ties to it")
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
@@ -513,15 +363,6 @@ def load_falcon(
     model.load_report = dataclasses.replace(report, left=left)  # type: ignore[assignment]
     model.base_id = str(path_or_repo_id)  # type: ignore[assignment]
     return model.eval()
-
-
-def sync(path: pathlib.Path) -> None:
-    """Waits until the bytes of a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_checkpoint(

@@ -20,10 +20,11 @@ import torch
 from tokenizers import Tokenizer
 
 import qlite
-from qlite.checkpoint import check_device, resolve_folder
+from qlite.checkpoint import check_device
 from qlite.data import ASSETS, FAQBatches, encode_prompt, read_faq
 from qlite.falcon import Falcon
 from qlite.nf4 import BLOCK_SIZES, FP4_LEVELS
+from qlite.storage import read_json, resolve_folder
 from qlite.train import SCHEDULES, plot_losses
 
 #: What `--recipe` sets where a flag is not given. "demo" was tuned for the tiny base on two CPU cores; "tutorial" is the
@@ -70,15 +71,11 @@ def _add_base_flags(parser: argparse.ArgumentParser) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qlite", description="Fine-tune a Falcon in 4 bits on one small GPU.")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    tune = verbs.add_parser(
-        "finetune", formatter_class=_Help, help="train an adapter on a FAQ", description=finetune.__doc__
-    )
+    tune = verbs.add_parser("finetune", formatter_class=_Help, help="train an adapter on a FAQ", description=finetune.__doc__)
     _add_base_flags(tune)
     data = tune.add_argument_group("data")
     data.add_argument("--data", default=str(ASSETS / "faq.json"), help="JSON or JSONL of questions and answers")
-    data.add_argument(
-        "--eval-data", help="questions in other words, with answers; the demo's data has its own, else none"
-    )
+    data.add_argument("--eval-data", help="questions in other words, with answers; the demo's data has its own, else none")
     data.add_argument("--max-length", type=int, default=512, help="tokens of a question and its answer")
     data.add_argument("--ask", default="How can I create an account?", help="asked before and after")
     train = tune.add_argument_group("training (a default of None comes from --recipe)")
@@ -152,7 +149,7 @@ def _load(options: argparse.Namespace) -> tuple[Falcon, Tokenizer]:
     """Returns the base as the flags want it, and its tokenizer; says what was quantized."""
     device = _device(options.device)
     folder = resolve_folder(options.base, revision=options.revision)
-    encoded = "quantization_config" in qlite.checkpoint.read_json(folder / "config.json")
+    encoded = "quantization_config" in read_json(folder / "config.json")
     four_bit = functools.partial(qlite.Linear4bit, block_size=options.block_size, double_quant=options.double_quant)
     kinds = {"nf4": four_bit, "fp4": functools.partial(four_bit, levels=FP4_LEVELS), "int8": qlite.Linear8bit, "none": None}
     kind = kinds[options.quantize or ("none" if encoded else "nf4")]
@@ -212,9 +209,7 @@ def finetune(options: argparse.Namespace) -> int:
     others = read_faq(eval_data) if eval_data else []
     config = _config(options)
     model, tokenizer = _load(options)
-    batches = FAQBatches(
-        pairs, tokenizer, batch_size=options.batch_size, max_length=options.max_length, seed=options.seed
-    )
+    batches = FAQBatches(pairs, tokenizer, batch_size=options.batch_size, max_length=options.max_length, seed=options.seed)
     print(batches.report())
     questions = [question for question, _ in pairs]
 
@@ -232,9 +227,7 @@ def finetune(options: argparse.Namespace) -> int:
     ask("before")
     print(qlite.add_lora(model, config, seed=options.seed))
     model.gradient_checkpointing = options.gradient_checkpointing
-    optimizer = OPTIMIZERS[options.optimizer](
-        qlite.lora_parameters(model), lr=options.lr, weight_decay=options.weight_decay
-    )
+    optimizer = OPTIMIZERS[options.optimizer](qlite.lora_parameters(model), lr=options.lr, weight_decay=options.weight_decay)
     output = pathlib.Path(options.output)
     result = qlite.finetune(
         model, batches, optimizer,

@@ -19,6 +19,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from qlite.storage import no_duplicates, resolve_folder
+
 END_OF_TEXT = "<|endoftext|>"
 #: The label of a token that the loss leaves out; torch's cross_entropy has the same default.
 IGNORED = -100
@@ -49,17 +51,9 @@ def load_tokenizer(path_or_repo_id: str | pathlib.Path, *, revision: str | None 
         >>> tokenizer.decode(tokenizer.encode("Where is my parcel?").ids)
         'Where is my parcel?'
     """
-    folder = pathlib.Path(path_or_repo_id)
-    if folder.is_dir():
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} has no tokenizer.json")
-    elif folder.exists() or str(path_or_repo_id).count("/") != 1 or str(path_or_repo_id).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{path_or_repo_id} is neither a folder nor a hub id of the form owner/name")
-    else:
-        from huggingface_hub import hf_hub_download
-
-        file = pathlib.Path(hf_hub_download(str(path_or_repo_id), "tokenizer.json", revision=revision))
+    file = resolve_folder(path_or_repo_id, revision=revision, names=("tokenizer.json",)) / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no tokenizer.json")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
@@ -102,16 +96,9 @@ def encode_answer(tokenizer: Tokenizer, answer: str) -> list[int]:
     return [*_encode(tokenizer, " " + answer.strip()), tokenizer.token_to_id(END_OF_TEXT)]
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one object")
-    return dict(pairs)
-
-
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
 

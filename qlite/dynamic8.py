@@ -20,7 +20,7 @@ DECADES = 7
 SMALLEST_DIVISOR = 1e-38
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _levels(signed: bool) -> tuple[float, ...]:
     levels = [0.0, 1.0]
     for decade in range(DECADES):
@@ -54,9 +54,7 @@ def reciprocal(absmax: Tensor) -> Tensor:
     return 1.0 / absmax.clamp(min=SMALLEST_DIVISOR)
 
 
-def quantize_dynamic8(
-    x: Tensor, *, signed: bool, block_size: int = 256, never_zero: bool = False
-) -> tuple[Tensor, Tensor]:
+def quantize_dynamic8(x: Tensor, *, signed: bool, block_size: int = 256, never_zero: bool = False) -> tuple[Tensor, Tensor]:
     """Returns `(codes, absmax)`: each value's nearest level relative to the largest magnitude of its block.
 
     Blocks run over the flattened tensor; the last may be short. A value halfway between two levels takes the lower.

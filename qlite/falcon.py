@@ -80,13 +80,11 @@ class FalconConfig:
                 raise ValueError(f"FalconConfig: {field.name} is {value}; wanted a finite number above 0")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"FalconConfig: num_attention_heads {self.num_attention_heads} does not divide "
-                f"hidden_size {self.hidden_size}"
+                f"FalconConfig: num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}"
             )
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
-                f"FalconConfig: num_kv_heads {self.kv_heads} does not divide "
-                f"num_attention_heads {self.num_attention_heads}"
+                f"FalconConfig: num_kv_heads {self.kv_heads} does not divide num_attention_heads {self.num_attention_heads}"
             )
         if not self.alibi and self.head_dim % 2:
             raise ValueError(f"FalconConfig: rotary positions need an even head size; it is {self.head_dim}")
@@ -280,9 +278,7 @@ class _Block(nn.Module):
         self.self_attention = _Attention(config, **kwargs)
         self.mlp = _MLP(config, **kwargs)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """Returns (B, T, hidden)."""
         normed = self.ln_attn(x) if self.two_norms else self.input_layernorm(x)
         attended = self.self_attention(normed, rotary, mask, self.layer, cache)
@@ -320,9 +316,7 @@ class Falcon(nn.Module):
         torch.Size([1, 3, 50])
     """
 
-    def __init__(
-        self, config: FalconConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, config: FalconConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
@@ -383,9 +377,7 @@ class Falcon(nn.Module):
         bias = (slopes[None, :, None] * positions[:, None]).to(dtype) / math.sqrt(self.config.head_dim)
         return bias[:, :, None].masked_fill(~visible, -math.inf)
 
-    def hidden_states(
-        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Returns the final normed hidden states (B, T, hidden), in the parameters' dtype.
 
         Args:
@@ -422,8 +414,6 @@ class Falcon(nn.Module):
             cache.length += length
         return self.transformer.ln_f(x)
 
-    def forward(
-        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Returns logits (B, T, vocab_size); arguments and errors as in `hidden_states`."""
         return self.lm_head(self.hidden_states(input_ids, attention_mask=attention_mask, cache=cache))

@@ -149,9 +149,7 @@ class Linear4bit(QuantizedLinear):
     def quantize_(self, dense: Tensor) -> Linear4bit:
         """Encodes `dense` (out_features, in_features) on its device into this module; see QuantizedLinear."""
         self._check_dense(dense)
-        encoded = ops.quantize_nf4(
-            dense, block_size=self.block_size, double_quant=self.double_quant, levels=self._table
-        )
+        encoded = ops.quantize_nf4(dense, block_size=self.block_size, double_quant=self.double_quant, levels=self._table)
         self.weight = nn.Parameter(encoded.codes, requires_grad=False)
         if self.double_quant:
             self.absmax = nn.Parameter(encoded.absmax, requires_grad=False)

@@ -76,9 +76,7 @@ def _quantize_nf4_fake(weight: Tensor, levels: Tensor, block_size: int) -> tuple
     return codes, weight.new_empty((rows, nf4.blocks_per_row(columns, block_size)), dtype=torch.float32)
 
 
-_declare(
-    "quantize_nf4(Tensor weight, Tensor levels, int block_size) -> (Tensor, Tensor)", nf4.quantize, _quantize_nf4_fake
-)
+_declare("quantize_nf4(Tensor weight, Tensor levels, int block_size) -> (Tensor, Tensor)", nf4.quantize, _quantize_nf4_fake)
 _library.impl("quantize_nf4", _quantize_nf4_cuda, "CUDA")
 
 
@@ -89,9 +87,7 @@ def _dequantize_nf4(codes, absmax, absmax_scale, absmax_offset, levels, in_featu
 
 def _dequantize_nf4_cuda(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
     _check_coded(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size)
-    return _kernels(codes.device).dequantize(
-        codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype
-    )
+    return _kernels(codes.device).dequantize(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype)
 
 
 def _dequantize_nf4_fake(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
@@ -191,9 +187,7 @@ def _linear_int8_backward(ctx, grad: Tensor):
 
 
 _declare("linear_int8(Tensor x, Tensor codes, Tensor absmax, Tensor? bias) -> Tensor", _linear_int8, _linear_int8_fake)
-_declare(
-    "linear_int8_grad(Tensor grad, Tensor codes, Tensor absmax) -> Tensor", _linear_int8_grad, _linear_int8_grad_fake
-)
+_declare("linear_int8_grad(Tensor grad, Tensor codes, Tensor absmax) -> Tensor", _linear_int8_grad, _linear_int8_grad_fake)
 torch.library.register_autograd(
     "qlite::linear_int8", _linear_int8_backward, setup_context=_save_for_linear_int8_grad, lib=_library
 )
@@ -266,9 +260,7 @@ def quantize_nf4(
     return NF4Tensor(codes, absmax, scale, offset, table, weight.shape, weight.dtype, block_size)
 
 
-def quantize_int8(
-    x: Tensor, *, zero_point: bool = False, per: str = "row", block_size: int | None = None
-) -> Int8Tensor:
+def quantize_int8(x: Tensor, *, zero_point: bool = False, per: str = "row", block_size: int | None = None) -> Int8Tensor:
     """Returns `x` encoded in 8-bit integers, on its device.
 
     Args:

@@ -102,9 +102,7 @@ class Pager:
         computing = self._computing()
         parts = [piece.parts() for piece in pieces]
         size = max((sum(part.nbytes for part in piece.values()) for piece in parts), default=0)
-        slots = [
-            _Slot(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(min(SLOTS, len(pieces)))
-        ]
+        slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(min(SLOTS, len(pieces)))]
         # Earlier work of this stream may still use the slots' memory, and pieces of an earlier call may be going home.
         self._fetching.after(computing.mark())
         self._fetching.after(self._writing.mark())

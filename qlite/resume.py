@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import warnings
@@ -23,6 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
+
+from qlite.storage import sync
 
 STATE, TENSORS, MANIFEST = "state.json", "state.safetensors", "manifest.json"
 
@@ -44,24 +45,6 @@ class Run:
     progress: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"step": 0, "losses": [], "skipped": 0, "loss_scale": 1.0, "good_steps": 0}
     )
-
-
-def replace_file(path: pathlib.Path, text: str) -> None:
-    """Writes text to path so that after a crash the file is the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _sync(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(path: pathlib.Path) -> dict[str, Any]:
@@ -118,11 +101,11 @@ def save(folder: pathlib.Path, run: Run, total_limit: int) -> pathlib.Path:
     manifest = {name: _digest(temporary / name) for name in (TENSORS, STATE)}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for name in (TENSORS, STATE, MANIFEST):
-        _sync(temporary / name)
-    _sync(temporary)
+        sync(temporary / name)
+    sync(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-    _sync(folder)
+    sync(folder)
     for old in checkpoints(folder)[max(1, total_limit) :]:
         shutil.rmtree(old)
     return target

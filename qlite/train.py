@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from qlite import resume as saved_run
 from qlite.data import IGNORED, Batch
+from qlite.storage import replace_file
 
 SCHEDULES = ("cosine", "linear", "constant")
 #: So many steps in a row without a finite loss and gradient end the run.
@@ -131,7 +132,7 @@ class _Journal:
             path = folder / "metrics.jsonl"
             # A resumed run drops the lines of steps that are about to be done again.
             kept = [row for row in read_metrics(path) if row["step"] <= first] if first and path.exists() else []
-            saved_run.replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
+            replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
             self.file = path.open("a", encoding="utf-8")
             self.board = _tensorboard(folder / "tensorboard") if tensorboard else None
         elif tensorboard:

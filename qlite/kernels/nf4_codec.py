@@ -90,7 +90,7 @@ def _dequantize_kernel(
     tl.store(out_ptr + row[:, None] * columns + column, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _dynamic_levels_on(device: torch.device) -> Tensor:
     """Returns the signed dynamic table on a device; kept, for a copy from the host at every call would stall it."""
     return dynamic_levels(signed=True).to(device)
