@@ -25,7 +25,7 @@ test: .venv/test.stamp
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/demo.stamp
 	$(BIN)/python -m benchmarks.loss_parity

@@ -47,17 +47,19 @@ def _prose(source: str) -> list[str]:
     return found
 
 
-def documentation_and_code() -> tuple[list[str], list[str]]:
-    """Returns two lists of documents: the prose of the standard library, and its source files."""
-    prose, code = list(pydoc_data.topics.topics.values()), []
+def documentation_and_code() -> list[tuple[list[str], str]]:
+    """Returns for each module of the standard library, and each help topic, its prose (documents) and its source (or "").
+
+    A docstring stands in both, so what is to be held out must be held out of both.
+    """
+    parts = [([topic], "") for topic in pydoc_data.topics.topics.values()]
     for path in standard_library():
         try:
             source = path.read_text(encoding="utf-8")
-            prose += _prose(source)
+            parts += [(_prose(source), source)] if source.strip() else []
         except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
             continue
-        code.append(source)
-    return prose, code
+    return parts
 
 
 # Each place: what one is there, what one holds there, what one uses, and what one reserves.
@@ -228,7 +230,17 @@ TOPICS: dict[str, tuple[list[str], list[str]]] = {
 }  # fmt: skip
 SLOTS = {
     "desk": ["the front desk", "the information desk", "the service point", "the office on the first floor", "the entrance"],
-    "online": ["online", "on our website", "in the app", "by email"],
+    "online": [
+        "online",
+        "on our website",
+        "in the app",
+        "by email",
+        'with the button "Request" on our page',
+        'in the app, under "Service"',
+        'in your profile, under "Settings"',
+        'through the link "Help" at the foot of any page',
+        'with the form "Contact us"',
+    ],
     "paper": ["a passport", "an identity card", "a proof of address", "two photographs", "last year's letter"],
     "days": ["days", "working days", "weeks"],
     "months": ["months", "years"],

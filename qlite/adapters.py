@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from qlite.linear import QuantizedLinear
 from qlite.lora import ALL_LINEAR, AdapterReport, LoRAConfig, LoRALinear, add_lora
-from qlite.storage import FLOATS, read_header, read_json, read_metadata, read_tensor, resolve_folder
+from qlite.storage import FLOATS, read_header, read_json, read_metadata, read_tensor, resolve_folder, sync
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model."
@@ -40,6 +41,12 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None,),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    # The other ways to begin (PiSSA, OLoRA, LoftQ, ...) change the base too.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
 
 
@@ -47,14 +54,20 @@ def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def _target_modules(model: nn.Module, names: list[str], config: LoRAConfig) -> list[str]:
+def _target_modules(model: nn.Module, names: list[str], config: LoRAConfig) -> list[str] | str:
     """Returns what PEFT must match to wrap exactly the layers `names`: last parts of names where they suffice."""
-    if isinstance(config.targets, tuple):
-        return sorted(config.targets)
-    suffixes = {name.rpartition(".")[2] for name in names}
-    every = [name.removesuffix(".base") for name, m in model.named_modules() if hasattr(m, "in_features")]
-    selected = {name for name in every if name.rpartition(".")[2] in suffixes}
-    return sorted(suffixes) if selected == set(names) else sorted(names)
+    short = config.targets if isinstance(config.targets, tuple) else {name.rpartition(".")[2] for name in names}
+    inside = tuple(f"{name}." for name in names)
+    every = [name for name, _ in model.named_modules() if not name.startswith(inside)]
+    for targets in (sorted(short), sorted(names)):
+        if {name for name in every if any(f".{name}".endswith(f".{target}") for target in targets)} == set(names):
+            return targets
+    return _expression(names)
+
+
+def _expression(names: list[str]) -> str:
+    """Returns the regular expression of exactly these names; in a list, a name that ends another one means both."""
+    return "|".join(re.escape(name) for name in names)
 
 
 def save_adapter(model: nn.Module, folder: str | pathlib.Path, *, base_id: str | None = None) -> pathlib.Path:
@@ -84,7 +97,7 @@ def save_adapter(model: nn.Module, folder: str | pathlib.Path, *, base_id: str |
         for key, parameter in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
             if not bool(torch.isfinite(parameter).all()):
                 raise ValueError(f"save_adapter: {name}.{key} holds a non-finite value; nothing was written")
-            tensors[f"{PREFIX}{name}.{key}.weight"] = parameter.detach().cpu().contiguous()
+            tensors[f"{PREFIX}{name}.{key}.weight"] = parameter.detach().cpu().float().contiguous()
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -105,13 +118,19 @@ def save_adapter(model: nn.Module, folder: str | pathlib.Path, *, base_id: str |
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = {name: folder / f".{name}.tmp" for name in (TENSORS, CONFIG)}
-    save_file(tensors, temporary[TENSORS], metadata=metadata)
-    temporary[CONFIG].write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    written = {name: entry.shape for name, entry in read_header(temporary[TENSORS]).items()}
-    assert written == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name, path in temporary.items():
-        path.chmod(0o644)
-        os.replace(path, folder / name)
+    try:
+        save_file(tensors, temporary[TENSORS], metadata=metadata)
+        temporary[CONFIG].write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        written = {name: entry.shape for name, entry in read_header(temporary[TENSORS]).items()}
+        assert written == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for path in temporary.values():
+            path.chmod(0o644)
+            sync(path)
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
     return folder
 
 
@@ -136,20 +155,24 @@ def _read_config(folder: pathlib.Path) -> tuple[LoRAConfig, dict[str, Any]]:
             raise ValueError(f"{where}: {key} is {value!r}; wanted a number")
     try:
         return LoRAConfig(r=values.get("r", 8), alpha=alpha, dropout=dropout, targets=chosen), values
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _read_tensors(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns `<layer>.lora_A` and `.lora_B` by name, float32, and the file's metadata."""
+def _read_tensors(folder: pathlib.Path, r: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns `<layer>.lora_A` and `.lora_B` by name, float32, of rank r, and the file's metadata."""
     path = folder / TENSORS
+    header = read_header(path)
     tensors: dict[str, Tensor] = {}
-    for name, stored in read_header(path).items():
+    for name, stored in header.items():
         layer, _, key = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if not (name.startswith(PREFIX) and name.endswith(".weight") and key in ("lora_A", "lora_B")):
             raise ValueError(f"{path}: {name} is not a LoRA weight in PEFT's layout")
         if stored.dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {stored.dtype}; wanted a float")
+        twin = f"{PREFIX}{layer}.{'lora_B' if key == 'lora_A' else 'lora_A'}.weight"
+        if len(stored.shape) != 2 or stored.shape[0 if key == "lora_A" else 1] != r or twin not in header:
+            raise ValueError(f"{path}: {name} has shape {stored.shape}; wanted rank {r}, as {CONFIG} says, and {twin} too")
         tensor = read_tensor(stored).float()
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{path}: {name} holds a non-finite value")
@@ -194,7 +217,7 @@ def load_adapter(
     """
     folder = resolve_folder(folder_or_repo_id, revision=revision)
     config, values = _read_config(folder)
-    tensors, metadata = _read_tensors(folder)
+    tensors, metadata = _read_tensors(folder, config.r)
     ours, theirs = getattr(model, "base_fingerprint", None), metadata.get(FINGERPRINT)
     if ours and theirs and ours != theirs:
         raise ValueError(
@@ -205,29 +228,30 @@ def load_adapter(
     adapted = _adapted(model)
     report = None
     if not adapted:
-        exact = LoRAConfig(config.r, config.alpha, config.dropout, tuple(layers))
-        report = add_lora(model, exact)
-        model.lora_config = config  # type: ignore[assignment]
+        report = add_lora(model, LoRAConfig(config.r, config.alpha, config.dropout, _expression(layers)))
         adapted = _adapted(model)
     if set(adapted) != set(layers) or any(m.lora_A.shape[0] != config.r for m in adapted.values()):
         raise ValueError(f"{folder}: the model carries adapters on other layers or of another rank; load a fresh base")
     with torch.no_grad():
         for layer, module in adapted.items():
-            module.scaling = config.scaling
+            module.scaling, module.dropout.p = config.scaling, config.dropout
             module.lora_A.copy_(tensors[f"{layer}.lora_A"])
             module.lora_B.copy_(tensors[f"{layer}.lora_B"])
+    model.lora_config = config  # type: ignore[assignment]
     return report
 
 
-def _card(values: dict[str, Any]) -> str:
-    base = values.get("base_model_name_or_path")
-    front = {"base_model": base, "library_name": "peft", "tags": ["lora", "qlora", "qlite"]}
+def _card(config: LoRAConfig, values: dict[str, Any]) -> str:
+    base, targets = values.get("base_model_name_or_path"), values["target_modules"]
+    # The hub refuses a card whose base_model is not of the form of an id, such as the path of a folder.
+    known = isinstance(base, str) and re.fullmatch(r"[\w\-]+/[\w.\-]+", base) and not pathlib.Path(base).exists()
+    front = {"base_model": base if known else None, "library_name": "peft", "tags": ["lora", "qlora", "qlite"]}
     lines = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value]
     return "\n".join(
         [
             "---", *lines, "---", "",
-            f"LoRA adapter for {base or 'a base that its config does not name'}: r={values['r']}, "
-            f"alpha={values['lora_alpha']}, on {', '.join(values['target_modules'])}.", "",
+            f"LoRA adapter for {base or 'a base that its config does not name'}: r={config.r}, "
+            f"alpha={config.alpha}, on {targets if isinstance(targets, str) else ', '.join(targets)}.", "",
             "Load it with `qlite.load_adapter(model, ...)`, or with PEFT.", "",
         ]
     )  # fmt: skip
@@ -252,15 +276,15 @@ def push_adapter(folder: str | pathlib.Path, repo_id: str, *, private: bool = Tr
     from huggingface_hub import CommitOperationAdd, HfApi
 
     folder = pathlib.Path(folder)
-    _, values = _read_config(folder)
-    _read_tensors(folder)
+    config, values = _read_config(folder)
+    _read_tensors(folder, config.r)
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     operations = [CommitOperationAdd(name, str(folder / name)) for name in (CONFIG, TENSORS)]
     if (folder / CARD).is_file():
         operations.append(CommitOperationAdd(CARD, str(folder / CARD)))
     elif not api.file_exists(repo_id, CARD):
-        operations.append(CommitOperationAdd(CARD, _card(values).encode()))
+        operations.append(CommitOperationAdd(CARD, _card(config, values).encode()))
     return api.create_commit(repo_id, operations, commit_message="Upload a LoRA adapter").commit_url
 
 
@@ -269,7 +293,8 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     """Returns the model, its adapted layers replaced in place by dense ones of weight `base + scaling * B A`.
 
     The base is the decoded weight that the adapter was trained on; the sum is made in float32 and rounded once to the
-    dtype of the base. Layers without an adapter stay as they are, encoded ones encoded.
+    dtype of the base. Layers without an adapter stay as they are, encoded ones encoded. The model is another base now: it
+    loses `base_fingerprint` and `base_id`.
 
     Raises:
         ValueError: the model has no adapters. TypeError: an adapter on a layer that is neither dense nor encoded.
@@ -292,8 +317,10 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         dense = base.dequantize() if isinstance(base, QuantizedLinear) else base.weight
         merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta", dtype=dense.dtype)
         merged.weight = nn.Parameter((dense.float() + module.delta()).to(dense.dtype), requires_grad=False)
-        merged.bias = base.bias
+        merged.bias = base.bias  # type: ignore[assignment]
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, merged.train(module.training))
-    del model.lora_config
+    for attribute in ("lora_config", "base_fingerprint", "base_id"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
     return model

@@ -74,7 +74,10 @@ class LoadReport:
 
 def check_device(device: torch.device | str) -> torch.device:
     """Returns the device, a GPU with its index; ValueError where there is none: nothing moves to the CPU in silence."""
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
@@ -103,7 +106,7 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{folder / INDEX}: has no weight_map")
-        for shard in set(weight_map.values()):
+        for shard in weight_map.values():
             if not isinstance(shard, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", shard):
                 raise ValueError(f"{folder / INDEX}: {shard!r} is not the name of a safetensors file in the folder")
         headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
@@ -168,7 +171,9 @@ def _plan(model: nn.Module, stored: dict[str, StoredTensor], where: str) -> tupl
             problems.append(f"{name} is missing")
             continue
         shape = (owner.out_features, owner.in_features) if encode else tuple(tensor.shape)  # type: ignore[union-attr]
-        floats = tensor.is_floating_point() or encode
+        # Scales are used as they are stored; other floats are cast.
+        exact = isinstance(owner, QuantizedLinear) and attribute not in ("weight", "bias")
+        floats = (tensor.is_floating_point() and not exact) or encode
         if entry.shape != shape:
             problems.append(f"{name} has shape {entry.shape}, the config wants {shape}")
         elif (entry.dtype not in FLOATS) if floats else (DTYPES.get(entry.dtype) != tensor.dtype):
@@ -235,7 +240,7 @@ def load_checkpoint(
             elif dtype is not None and tensor.is_floating_point():
                 tensor = tensor.to(dtype)
             _assign(owner, attribute, tensor)
-        if isinstance(owner, QuantizedLinear) and attribute != "bias":
+        if isinstance(owner, QuantizedLinear):
             report.encoded[name.rpartition(".")[0]] = owner.encoded_bytes()
         else:
             report.dense[name] = tensor.numel() * tensor.element_size()
@@ -311,11 +316,15 @@ def _apply_quantization_config(model: nn.Module, stored: Any, where: str) -> Non
         setattr(model.get_submodule(parent), child, layer)
 
 
-def _check_layers(config: FalconConfig, stored: dict[str, StoredTensor], where: str) -> None:
-    """ValueError unless files and config have as many blocks: asked before a model of the config's size is built."""
+def _check_size(config: FalconConfig, stored: dict[str, StoredTensor], where: str) -> None:
+    """ValueError where the files cannot hold what the config says: asked before a model of the config's size is built."""
     numbers = {int(match[1]) for match in (re.match(r"transformer\.h\.(\d{1,9})\.", name) for name in stored) if match}
     if config.num_hidden_layers != len(numbers):
         raise ValueError(f"{where}: has {len(numbers)} blocks, its config.json says {config.num_hidden_layers}")
+    total = sum(entry.size for entry in stored.values())
+    widest = max(config.vocab_size, config.ffn, config.hidden_size)
+    if config.hidden_size * widest > 2 * total:  # a weight takes at least half a byte
+        raise ValueError(f"{where}: holds {total:,} bytes, its config.json says {config.hidden_size} x {widest} weights")
 
 
 def load_falcon(
@@ -349,11 +358,11 @@ def load_falcon(
     values = read_json(folder / "config.json")
     try:
         config = FalconConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    _check_layers(config, stored_tensors(folder), str(folder))
+    _check_size(config, stored_tensors(folder), str(folder))
     model = Falcon(config, device="meta", dtype=dtype)
-    if "quantization_config" in values:
+    if values.get("quantization_config") is not None:
         if quantize is not None:
             raise ValueError(f"{folder}: is quantized already; load it with quantize=None")
         _apply_quantization_config(model, values["quantization_config"], str(folder / "config.json"))
@@ -382,6 +391,7 @@ def save_checkpoint(
 
     Raises:
         ValueError: the model carries adapters. FileExistsError: the folder holds something.
+        FileNotFoundError: no tokenizer_json there.
 
     Example:
         >>> qlite.save_checkpoint(model, "falcon-nf4")  # doctest: +SKIP
@@ -392,6 +402,8 @@ def save_checkpoint(
     state = model.state_dict(keep_vars=True)
     if any(".lora_" in name for name in state):
         raise ValueError("save_checkpoint: the model carries adapters; use save_adapter, or merge_adapter first")
+    if tokenizer_json is not None and not pathlib.Path(tokenizer_json).is_file():
+        raise FileNotFoundError(f"save_checkpoint: {tokenizer_json}: no such file")
     unique: dict[int, str] = {}
     for name, tensor in state.items():
         unique.setdefault(id(tensor), name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import pathlib
 import subprocess
@@ -31,7 +32,7 @@ from qlite.train import SCHEDULES, plot_losses
 #: recipe of the 2023 Falcon tutorials.
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
-        "targets": "all-linear", "r": 16, "alpha": 32.0, "dropout": 0.05, "lr": 5e-3, "epochs": 24.0, "steps": None,
+        "targets": "all-linear", "r": 16, "alpha": 32.0, "dropout": 0.3, "lr": 5e-3, "epochs": 16.0, "steps": None,
         "batch_size": 8, "accumulate": 1, "gradient_checkpointing": False,
     },
     "tutorial": {
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--seed", type=int, default=0, help="of adapters, order and dropout")
     out = tune.add_argument_group("output")
-    out.add_argument("--output", default="runs/faq", help="folder for adapter, metrics, loss curve and checkpoints")
+    out.add_argument("--output", help="folder for adapter, metrics, loss curve and checkpoints; None: a new one under runs/")
     out.add_argument("--save-every", type=int, help="steps between checkpoints; none without")
     out.add_argument("--save-total-limit", type=int, default=2, help="checkpoints that stay")
     out.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
@@ -182,6 +183,19 @@ def _config(options: argparse.Namespace) -> qlite.LoRAConfig:
     return qlite.LoRAConfig(r=options.r, alpha=options.alpha, dropout=options.dropout, targets=chosen)
 
 
+def _output(options: argparse.Namespace) -> pathlib.Path:
+    """Returns the folder to write to; ValueError where that would replace the adapter of another run."""
+    if options.output is None:
+        if options.resume:
+            raise ValueError("--resume needs the --output of the run to continue")
+        names = itertools.chain(["runs/faq"], (f"runs/faq-{number}" for number in itertools.count(2)))
+        return next(path for path in map(pathlib.Path, names) if not path.exists())
+    output = pathlib.Path(options.output)
+    if not options.resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} holds something already; choose another folder, or continue its run with --resume")
+    return output
+
+
 def _same_in_a_fresh_process(options: argparse.Namespace, adapter: pathlib.Path, tokens: list[list[int]]) -> bool:
     """Whether a new process that loads base and adapter from disk gives the same tokens for all questions."""
     command = [sys.executable, "-m", "qlite", "generate", "--base", options.base, "--adapter", str(adapter)]
@@ -205,6 +219,7 @@ def finetune(options: argparse.Namespace) -> int:
             setattr(options, key, value)
     demo_data = pathlib.Path(options.data) == ASSETS / "faq.json"
     eval_data = options.eval_data or (str(ASSETS / "faq_paraphrases.json") if demo_data else None)
+    output = _output(options)
     pairs = read_faq(options.data)
     others = read_faq(eval_data) if eval_data else []
     config = _config(options)
@@ -224,11 +239,11 @@ def finetune(options: argparse.Namespace) -> int:
         print("\n", flush=True)
         return tokens
 
-    ask("before")
+    # An untrained adapter changes no bit, and a target that matches nothing is found before the work.
     print(qlite.add_lora(model, config, seed=options.seed))
+    ask("before")
     model.gradient_checkpointing = options.gradient_checkpointing
     optimizer = OPTIMIZERS[options.optimizer](qlite.lora_parameters(model), lr=options.lr, weight_decay=options.weight_decay)
-    output = pathlib.Path(options.output)
     result = qlite.finetune(
         model, batches, optimizer,
         steps=options.steps, epochs=options.epochs, accumulate=options.accumulate, schedule=options.schedule,
@@ -256,9 +271,10 @@ def generate(options: argparse.Namespace) -> int:
     if (options.question is None) == (options.questions is None):
         raise ValueError("generate: give one question, or --questions FILE")
     questions = [options.question] if options.question else [question for question, _ in read_faq(options.questions)]
+    adapter = resolve_folder(options.adapter) if options.adapter else None
     model, tokenizer = _load(options)
-    if options.adapter:
-        qlite.load_adapter(model, options.adapter)
+    if adapter is not None:
+        qlite.load_adapter(model, adapter)
     keys = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
     choices = {key: getattr(options, key) for key in keys}
     for answer in _answers(model, tokenizer, questions, **choices):

@@ -10,6 +10,7 @@ Not done here: other templates, packing of several answers into a row, streaming
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterator
@@ -145,6 +146,8 @@ def _pair(record: Any, where: str) -> tuple[str, str]:
             raise ValueError(f"{where}: {key} is {value!r:.60}; wanted a string")
         if not value.strip():
             raise ValueError(f"{where}: the {key} is empty")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"{where}: {key} has half of a surrogate pair, which is no character: {value!a:.60}")
     return record["question"].strip(), record["answer"].strip()
 
 
@@ -230,25 +233,28 @@ class FAQBatches:
             yield collate([self.rows[index] for index in order[first : first + self.batch_size]])
         self.epoch, self.position = self.epoch + 1, 0
 
-    def state_dict(self) -> dict[str, int]:
-        """Returns where in which epoch the iteration stands, and what the order hangs on."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where in which epoch the iteration stands, and what the batches hang on; JSON can hold it."""
         return {
             "epoch": self.epoch,
             "position": self.position,
             "seed": self.seed,
+            "shuffle": self.shuffle,
             "batch_size": self.batch_size,
             "rows": len(self.rows),
+            "sha256": hashlib.sha256(json.dumps(self.rows).encode()).hexdigest(),
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where a state was taken.
 
         Raises:
-            ValueError: the state is of other data, another batch size or seed.
+            ValueError: the state is of other data, another order, batch size or seed; nothing has changed then.
         """
-        for key in ("seed", "batch_size", "rows"):
-            if state[key] != self.state_dict()[key]:
-                raise ValueError(f"the data has {key}={self.state_dict()[key]}, the saved run had {state[key]}")
+        ours = {key: value for key, value in self.state_dict().items() if key not in ("epoch", "position")}
+        differences = [f"{key}={value}, not {state.get(key)}" for key, value in ours.items() if value != state.get(key)]
+        if differences:
+            raise ValueError(f"the data is not that of the saved run: it has {'; '.join(differences)}")
         self.epoch, self.position = state["epoch"], state["position"]
 
     def report(self) -> str:

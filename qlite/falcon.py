@@ -74,8 +74,9 @@ class FalconConfig:
             }[wanted]
             if not fits:
                 raise TypeError(f"FalconConfig: {field.name} is {value!r}; wanted {wanted}")
-            if wanted.startswith("int") and value is not None and value < (0 if field.name.endswith("_id") else 1):
-                raise ValueError(f"FalconConfig: {field.name} is {value}; wanted at least 1")
+            least = 0 if field.name.endswith("_id") else 1
+            if wanted.startswith("int") and value is not None and value < least:
+                raise ValueError(f"FalconConfig: {field.name} is {value}; wanted at least {least}")
             if wanted == "float" and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"FalconConfig: {field.name} is {value}; wanted a finite number above 0")
         if self.hidden_size % self.num_attention_heads:
@@ -129,13 +130,15 @@ class FalconConfig:
             if key in values and values[key] not in allowed:
                 raise ValueError(f"config.json: {key} is {values[key]!r}; only {allowed[0]!r} is supported")
         renamed = {OLD_KEYS.get(key, key): value for key, value in values.items() if value is not None}
-        if "n_head_kv" in values:
+        if values.get("n_head_kv") is not None:
             renamed.setdefault("new_decoder_architecture", True)
         rope = renamed.get("rope_parameters")
         if isinstance(rope, Mapping):
-            if rope.get("rope_type", "default") != "default":
-                raise ValueError(f"config.json: rope_type is {rope['rope_type']!r}; only 'default' is supported")
-            renamed.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind != "default":
+                raise ValueError(f"config.json: rope_type is {kind!r}; only 'default' is supported")
+            if "rope_theta" in rope:
+                renamed["rope_theta"] = rope["rope_theta"]
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in renamed.items() if key in known})
 

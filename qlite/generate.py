@@ -33,7 +33,7 @@ def _restricted(logits: Tensor, top_k: int | None, top_p: float | None) -> Tenso
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # at 1 nothing is left out, where a rounded sum would reach 1 before the end
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
         # What stands before a token, without the token: so the one that crosses top_p is kept.
@@ -46,7 +46,7 @@ def _restricted(logits: Tensor, top_k: int | None, top_p: float | None) -> Tenso
 def _check(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, options: dict[str, Any]) -> None:
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings  # type: ignore[union-attr]
     if not prompts:
-        raise ValueError("generate: there are no prompts")
+        raise ValueError("generate: prompts is empty; wanted token ids, or a list of lists of them")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"generate: prompt {row} is empty; it needs at least one token")
@@ -113,7 +113,7 @@ def generate(
         >>> len(qlite.generate(qlite.Falcon(config), [1, 2, 3], max_new_tokens=4, eos_token_id=None))
         4
     """
-    single = not prompts or isinstance(prompts[0], int)
+    single = bool(prompts) and isinstance(prompts[0], int)
     rows = [list(prompts)] if single else [list(prompt) for prompt in prompts]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
     _check(model, rows, max_new_tokens, options)
@@ -137,7 +137,7 @@ def generate(
     cache = KVCache(model.config, batch, longest + max_new_tokens, device=device, dtype=embedding.dtype)  # type: ignore
     answers: list[list[int]] = [[] for _ in rows]
     running = [True] * batch
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for _ in range(max_new_tokens):
@@ -147,7 +147,9 @@ def generate(
             if temperature == 0:
                 chosen = logits.argmax(dim=-1)
             else:
-                shares = _restricted(logits / temperature, top_k, top_p).softmax(dim=-1)
+                # Relative to the likeliest, whose quotient is 0 and never infinite; 1e-38 is about float32's smallest.
+                scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-38)
+                shares = _restricted(scaled, top_k, top_p).softmax(dim=-1)
                 chosen = torch.multinomial(shares, 1, generator=generator)[:, 0]
             if repetition_penalty != 1.0:
                 seen.scatter_(1, chosen[:, None], True)
@@ -161,5 +163,6 @@ def generate(
                 break
             ids = chosen[:, None]
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     return answers[0] if single else answers

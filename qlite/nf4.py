@@ -136,7 +136,7 @@ def pack(codes: Tensor) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """Returns the codes (rows, 2 * bytes) that `pack` joined."""
-    return torch.stack((packed >> 4, packed & 15), dim=-1).view(packed.shape[0], -1)
+    return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
 
 
 def quantize(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

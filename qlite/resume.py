@@ -10,10 +10,12 @@ Not done here: the base weights (they do not change), pickle of any kind.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 import warnings
 from typing import Any
@@ -46,6 +48,11 @@ class Run:
         default_factory=lambda: {"step": 0, "losses": [], "skipped": 0, "loss_scale": 1.0, "good_steps": 0}
     )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the trained parameters are."""
+        return next(iter(self.parameters.values())).device
+
 
 def _digest(path: pathlib.Path) -> dict[str, Any]:
     content = path.read_bytes()
@@ -58,7 +65,8 @@ def _step_of(folder: pathlib.Path) -> int:
 
 def checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the checkpoint folders in `folder`, the newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    # Only what `save` names: a user's own checkpoint-best-40 is neither read nor removed.
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)]
     return sorted(found, key=_step_of, reverse=True)
 
 
@@ -73,7 +81,7 @@ def _split(state: dict[Any, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[st
 
 
 def save(folder: pathlib.Path, run: Run, total_limit: int) -> pathlib.Path:
-    """Returns the checkpoint just written for the run's present step; all but the newest `total_limit` are removed.
+    """Returns the checkpoint just written for the run's present step, the newest `total_limit` up to it stay.
 
     Raises:
         TypeError: the data has no state_dict, so a resumed run could not continue it.
@@ -82,14 +90,15 @@ def save(folder: pathlib.Path, run: Run, total_limit: int) -> pathlib.Path:
         raise TypeError(f"save: {type(run.batches).__name__} has no state_dict; checkpoints need to know the data's place")
     target = folder / f"checkpoint-{run.progress['step']:06d}"
     temporary = folder / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in folder.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     optimizer = run.optimizer.state_dict()
     tensors, rest = _split(optimizer["state"])
     tensors |= {f"parameter/{name}": parameter.detach() for name, parameter in run.parameters.items()}
     tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available() and any(p.is_cuda for p in run.parameters.values()):
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    if run.device.type == "cuda":
+        tensors["random/cuda"] = torch.cuda.get_rng_state(run.device)
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary / TENSORS)
     state = {
         "settings": run.settings,
@@ -103,10 +112,13 @@ def save(folder: pathlib.Path, run: Run, total_limit: int) -> pathlib.Path:
     for name in (TENSORS, STATE, MANIFEST):
         sync(temporary / name)
     sync(temporary)
+    # Only a damaged one can be in the way: one that this run passed over when it resumed from an older one. A run that
+    # starts anew refuses a folder with checkpoints.
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     sync(folder)
-    for old in checkpoints(folder)[max(1, total_limit) :]:
+    # What is newer was passed over too. It does not count: the whole ones below it would be removed in its favour.
+    for old in [path for path in checkpoints(folder) if _step_of(path) <= run.progress["step"]][total_limit:]:
         shutil.rmtree(old)
     return target
 
@@ -149,32 +161,40 @@ def load_newest(folder: pathlib.Path, run: Run) -> pathlib.Path | None:
     return None
 
 
-def _restore(checkpoint: pathlib.Path, run: Run, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    saved = state["settings"]
-    differences = [
-        f"{key} was {saved.get(key)!r}, is {run.settings.get(key)!r}"
-        for key in sorted(saved.keys() | run.settings.keys())
-        if saved.get(key) != run.settings.get(key)
+def _differences(run: Run, saved: dict[str, Any], kept: dict[str, Tensor]) -> list[str]:
+    """Returns in words what the run and a saved one, its settings and its parameters, do not have in common."""
+    settings = json.loads(json.dumps(run.settings))  # as they were saved: a tuple is a list
+    saved = dict(saved)
+    for described, parameters in ((saved, kept), (settings, run.parameters)):
+        described |= {f"parameter {name}": f"{p.dtype} {tuple(p.shape)}" for name, p in parameters.items()}
+    return [
+        f"{key} was {saved.get(key)!r:.200}, is {settings.get(key)!r:.200}"
+        for key in sorted(saved.keys() | settings.keys())
+        if saved.get(key) != settings.get(key)
     ]
+
+
+def _restore(checkpoint: pathlib.Path, run: Run, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Sets the run back, or raises and leaves it as it is: what can refuse comes before the parameters change."""
     kept = {name.removeprefix("parameter/"): t for name, t in tensors.items() if name.startswith("parameter/")}
-    for name in sorted(kept.keys() | run.parameters.keys()):
-        there, here = kept.get(name), run.parameters.get(name)
-        if there is None or here is None or there.shape != here.shape:
-            shapes = [None if t is None else tuple(t.shape) for t in (there, here)]
-            differences.append(f"parameter {name} was {shapes[0]}, is {shapes[1]}")
+    differences = _differences(run, state["settings"], kept)
     if differences:
-        raise ValueError(f"{checkpoint}: saved by another run: {'; '.join(differences[:8])}")
-    run.batches.load_state_dict(state["data"])
-    with torch.no_grad():
-        for name, parameter in run.parameters.items():
-            parameter.copy_(kept[name])
+        more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise ValueError(f"{checkpoint}: saved by another run: {'; '.join(differences[:8])}{more}")
     entries: dict[int, dict[str, Any]] = {int(i): dict(entry) for i, entry in state["optimizer"]["state"].items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             _, index, key = name.split("/", 2)
             entries[int(index)][key] = tensor
-    run.optimizer.load_state_dict({"state": entries, "param_groups": state["optimizer"]["param_groups"]})
+    with contextlib.ExitStack() as undo:
+        undo.callback(run.batches.load_state_dict, run.batches.state_dict())
+        run.batches.load_state_dict(state["data"])
+        run.optimizer.load_state_dict({"state": entries, "param_groups": state["optimizer"]["param_groups"]})
+        undo.pop_all()
+    with torch.no_grad():
+        for name, parameter in run.parameters.items():
+            parameter.copy_(kept[name])
     torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+    if "random/cuda" in tensors and run.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random/cuda"], run.device)
     run.progress.update(state["progress"])

@@ -57,17 +57,19 @@ def resolve_folder(
         FileNotFoundError: neither a folder nor of the form owner/name, or the hub does not give it.
     """
     folder = pathlib.Path(path_or_repo_id)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, it answers for a name that is too long to be one
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w\-]+/[\w.\-]+", str(path_or_repo_id)) or ".." in str(path_or_repo_id):
+    if os.path.exists(folder) or not re.fullmatch(r"[\w\-]+/[\w.\-]+", str(path_or_repo_id)) or ".." in str(path_or_repo_id):
         raise FileNotFoundError(f"{path_or_repo_id} is neither a folder nor a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
     try:
         # The top folder alone: some repositories keep exports for other runtimes in folders of their own.
-        patterns = {"allow_patterns": list(names), "ignore_patterns": ["*/*"]}
-        return pathlib.Path(snapshot_download(str(path_or_repo_id), revision=revision, **patterns))
-    except OSError as error:
+        return pathlib.Path(
+            snapshot_download(str(path_or_repo_id), revision=revision, allow_patterns=list(names), ignore_patterns=["*/*"])
+        )
+    # ValueError: an id that the hub would not have. HTTPError: a network error of httpx, which is no OSError.
+    except (OSError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]
         raise FileNotFoundError(
             f"{path_or_repo_id}: no such folder here, and the hub did not give it: {' '.join(str(error).split())[:300]}"
         ) from error
@@ -128,7 +130,8 @@ def _stored_tensor(path: pathlib.Path, begin: int, name: str, entry: Any) -> Sto
     """Returns what an entry of a header says; ValueError unless dtype, shape and bytes agree."""
     dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     numbers = (*shape, start, stop)
-    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in numbers) or len(shape) > 8:
+    fits = all(type(number) is int and 0 <= number < 2**63 for number in numbers) and start <= stop
+    if not isinstance(dtype, str) or not fits or len(shape) > 8:
         raise ValueError(f"{name} has dtype {dtype!r}, shape {shape}, bytes {start} to {stop}")
     if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{name} has shape {shape} of {dtype} in {stop - start:,} bytes")
@@ -160,7 +163,7 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
 def read_bytes(stored: StoredTensor, start: int, size: int) -> Tensor:
     """Returns `size` bytes of a stored tensor from its byte `start` on, uint8 on the CPU."""
     buffer = torch.empty(size, dtype=torch.uint8)
-    rest = memoryview(buffer.numpy())
+    rest = memoryview(buffer.numpy())  # type: ignore[arg-type]
     with stored.file.open("rb", buffering=0) as file:
         file.seek(stored.start + start)
         while rest:

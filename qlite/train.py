@@ -9,6 +9,8 @@ Not done here: several processes (distributed training), evaluation, a chunked c
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 from qlite import resume as saved_run
 from qlite.data import IGNORED, Batch
+from qlite.linear import QuantizedLinear
 from qlite.storage import replace_file
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -101,25 +104,96 @@ def _accumulate(model: nn.Module, window: Sequence[Batch], scale: float) -> floa
     return total.item()
 
 
-def _check(steps: int | None, epochs: float | None, accumulate: int, schedule: str, warmup: float) -> None:
-    if steps is not None and epochs is not None:
+def _check(
+    counts: dict[str, int | None], epochs: float | None, schedule: str, warmup: float, max_grad_norm: float | None
+) -> None:
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"finetune: {name} is {count!r}; wanted a whole number, 1 or more")
+    if counts["steps"] is not None and epochs is not None:
         raise ValueError("finetune: give steps or epochs, not both")
-    if (steps is not None and steps < 1) or (epochs is not None and not epochs > 0):
-        raise ValueError(f"finetune: steps={steps}, epochs={epochs}; wanted more than none")
-    if accumulate < 1:
-        raise ValueError(f"finetune: accumulate is {accumulate}; wanted at least 1")
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise ValueError(f"finetune: epochs is {epochs}; wanted a number above 0")
     if schedule not in SCHEDULES:
         raise ValueError(f"finetune: schedule is {schedule!r}; wanted one of {', '.join(SCHEDULES)}")
     if not 0 <= warmup <= 1:
         raise ValueError(f"finetune: warmup is {warmup}; wanted a share of the steps, 0 to 1")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"finetune: max_grad_norm is {max_grad_norm}; wanted a number above 0, or None")
 
 
-def _tensorboard(folder: pathlib.Path) -> Any:
+def _check_output(
+    folder: pathlib.Path | None, batches: Any, *, save_every: int | None, resume: bool, tensorboard: bool
+) -> None:
+    if folder is None:
+        if save_every or resume or tensorboard:
+            raise ValueError("finetune: save_every, resume and tensorboard need an output_dir")
+        return
+    if (save_every or resume) and not (hasattr(batches, "state_dict") and hasattr(batches, "load_state_dict")):
+        raise ValueError(
+            f"finetune: batches is a {type(batches).__name__} without state_dict and load_state_dict; a resumed run could "
+            "not continue it. Use FAQBatches, or leave save_every and resume out"
+        )
+    earlier = saved_run.checkpoints(folder)
+    if save_every and earlier and not resume:
+        raise ValueError(
+            f"finetune: {earlier[0]} is of an earlier run, whose checkpoints this one would mix with its own; continue it "
+            "with resume=True, take another output_dir, or remove it"
+        )
+
+
+def _trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Returns name -> parameter with requires_grad; ValueError where there is none, or the optimizer lacks one."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("finetune: no parameter of the model has requires_grad; call add_lora first")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in trained.items() if id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"finetune: the optimizer lacks {len(missing)} of {len(trained)} trained parameters ({missing[0]} first); make it "
+            "after add_lora, over lora_parameters(model)"
+        )
+    return trained
+
+
+def _describe(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Returns what the numbers of a run hang on beside the options of `finetune`, for JSON."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    layers = collections.Counter(json.dumps(m.config()) for m in model.modules() if isinstance(m, QuantizedLinear))
+    lora = getattr(model, "lora_config", None)
+    described: dict[str, Any] = {
+        "base": getattr(model, "base_fingerprint", None),
+        "dtype": str(next(model.parameters()).dtype),
+        "layers": dict(layers),
+        "lora": None if lora is None else dataclasses.asdict(lora),
+        "lr": [float(group["lr"]) for group in optimizer.param_groups],
+    }
+    for i, group in enumerate(optimizer.param_groups):
+        described[f"group {i} params"] = [names.get(id(p)) for p in group["params"]]
+        described |= {f"group {i} {key}": value for key, value in group.items() if key not in ("params", "lr")}
+    return described
+
+
+def _tensorboard(folder: pathlib.Path, first: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("finetune: tensorboard is not installed; pip install 'qlite[train]'") from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=first + 1)  # earlier events of steps about to be done are not shown
+
+
+def _rows_until(path: pathlib.Path, last: int) -> list[dict[str, float]]:
+    """Returns the rows of the steps up to `last`: those after it are about to be done again."""
+    rows: list[dict[str, float]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if last and path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line of a killed run may be torn
+            break
+        if row["step"] <= last:
+            rows.append(row)
+    return rows
 
 
 class _Journal:
@@ -130,13 +204,9 @@ class _Journal:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / "metrics.jsonl"
-            # A resumed run drops the lines of steps that are about to be done again.
-            kept = [row for row in read_metrics(path) if row["step"] <= first] if first and path.exists() else []
-            replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
+            self.board = _tensorboard(folder / "tensorboard", first) if tensorboard else None
+            replace_file(path, "".join(json.dumps(row) + "\n" for row in _rows_until(path, first)))
             self.file = path.open("a", encoding="utf-8")
-            self.board = _tensorboard(folder / "tensorboard") if tensorboard else None
-        elif tensorboard:
-            raise ValueError("finetune: tensorboard needs an output_dir to write to")
         self.bar = tqdm(total=steps, initial=first, disable=not progress, unit="step", dynamic_ncols=True)
 
     def write(self, row: dict[str, float]) -> None:
@@ -185,7 +255,7 @@ def finetune(
         model: has hidden_states(input_ids) and lm_head; in training mode while this runs, as before after it.
         batches: FAQBatches, or any iterable of Batch with a length, iterated again for every epoch. Resuming needs its
             state_dict and load_state_dict.
-        optimizer: over those parameters; the lr of its groups is the peak of the schedule.
+        optimizer: over those parameters; the lr of its groups is the peak of the schedule, and is so again afterwards.
         steps: optimizer steps (default 80), or epochs: passes over batches, rounded up to whole steps.
         accumulate: batches a step.
         schedule: "cosine", "linear" or "constant". warmup: share of the steps in which the learning rate rises.
@@ -204,39 +274,40 @@ def finetune(
     Example:
         >>> qlite.finetune(model, batches, optimizer, steps=80, accumulate=4)  # doctest: +SKIP
     """
-    _check(steps, epochs, accumulate, schedule, warmup)
+    counts = {"steps": steps, "accumulate": accumulate, "save_every": save_every, "save_total_limit": save_total_limit}
+    _check(counts, epochs, schedule, warmup, max_grad_norm)
+    folder = None if output_dir is None else pathlib.Path(output_dir)
+    _check_output(folder, batches, save_every=save_every, resume=resume, tensorboard=tensorboard)
     if epochs is not None:
         steps = math.ceil(epochs * len(batches) / accumulate)
     steps = 80 if steps is None else steps
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ValueError("finetune: no parameter of the model has requires_grad; call add_lora first")
-    folder = None if output_dir is None else pathlib.Path(output_dir)
-    if folder is None and (save_every or resume):
-        raise ValueError("finetune: checkpoints need an output_dir")
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
+    trained = _trained_parameters(model, optimizer)
     settings = {
         "steps": steps, "accumulate": accumulate, "schedule": schedule, "warmup": warmup,
-        "max_grad_norm": max_grad_norm, "seed": seed, "lr": [group["initial_lr"] for group in optimizer.param_groups],
-        "base": getattr(model, "base_fingerprint", None),
+        "max_grad_norm": max_grad_norm, "seed": seed, **_describe(model, optimizer),
     }  # fmt: skip
     run = saved_run.Run(trained, optimizer, batches, settings)
-    device = next(iter(trained.values())).device
-    training = model.training
+    device, training = run.device, model.training
+    for parameter in trained.values():
+        parameter.grad = None  # a call that was interrupted may have left a part of a window's gradient
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which seeds the generators of all devices: those are not put back.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         if next(model.parameters()).dtype == torch.float16:
             run.progress["loss_scale"] = FIRST_LOSS_SCALE
-        if resume and folder is not None:
-            saved_run.load_newest(folder, run)
-        journal = _Journal(folder, tensorboard, progress, run.progress["step"], steps)
         try:
-            model.train()
-            return _loop(model, run, journal, device, settings, _saver(folder, run, save_every, save_total_limit))
+            if resume and folder is not None:
+                saved_run.load_newest(folder, run)
+            with contextlib.closing(_Journal(folder, tensorboard, progress, run.progress["step"], steps)) as journal:
+                model.train()
+                return _loop(model, run, journal, device, settings, _saver(folder, run, save_every, save_total_limit))
         finally:
             model.train(training)
-            journal.close()
+            for group, peak in zip(optimizer.param_groups, settings["lr"], strict=True):
+                group["lr"] = peak
 
 
 def _saver(folder: pathlib.Path | None, run: saved_run.Run, every: int | None, limit: int) -> Callable[[int], None]:
@@ -285,8 +356,8 @@ def _loop(
         if limit is not None:
             torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
         factor = learning_rate_factor(done["step"], steps, settings["schedule"], settings["warmup"])
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        for group, peak in zip(optimizer.param_groups, settings["lr"], strict=True):
+            group["lr"] = peak * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done["step"] += 1

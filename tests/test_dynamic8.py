@@ -14,6 +14,11 @@ from tests.strategies import weights
 HALF_GAP = {True: 0.007031261920928955, False: 0.0035156607627868652}
 # Two roundings in x * (1 / absmax), one in level * absmax, each of relative size 2^-24.
 ROUNDING = 2**-22
+lengths = st.sampled_from((1, 7, 64, 256, 4096))
+
+
+def drawn(x: torch.Tensor, signed: bool) -> torch.Tensor:
+    return x.float() if signed else x.float().abs()
 
 
 @pytest.mark.parametrize(("signed", "digest"), [(True, "e732639a65f497b4"), (False, "305f002cc11278fb")])
@@ -30,9 +35,9 @@ def test_half_of_the_widest_gap_is_the_bound_in_use(signed):
     assert max(levels.diff().max().item() / 2, below) == pytest.approx(HALF_GAP[signed], rel=1e-3)
 
 
-@given(weights(), st.booleans(), st.sampled_from((1, 64, 256)))
+@given(weights(), st.booleans(), lengths)
 def test_each_value_comes_back_within_half_a_gap_of_its_block(x, signed, block_size):
-    x = x.float() if signed else x.float().abs()
+    x = drawn(x, signed)
     codes, absmax = quantize_dynamic8(x, signed=signed, block_size=block_size)
     back = dequantize_dynamic8(codes, absmax, signed=signed, block_size=block_size)
     bound = absmax.repeat_interleave(block_size)[: x.numel()].view(x.shape) * (HALF_GAP[signed] + ROUNDING)
@@ -40,17 +45,70 @@ def test_each_value_comes_back_within_half_a_gap_of_its_block(x, signed, block_s
     assert bool(((back.double() - x.double()).abs() <= bound.double()).all())
 
 
+@given(weights(), st.booleans(), lengths)
+def test_no_other_level_is_nearer(x, signed, block_size):
+    x = drawn(x, signed)
+    codes, absmax = quantize_dynamic8(x, signed=signed, block_size=block_size)
+    error = (dequantize_dynamic8(codes, absmax, signed=signed, block_size=block_size).double() - x.double()).abs()
+    levels, scale = dynamic_levels(signed).double(), absmax.double().repeat_interleave(block_size)[: x.numel()].view(x.shape)
+    # The levels next to the chosen one: the table is sorted, so if they are not nearer, none is.
+    for neighbour in ((codes.int() - 1).clamp(min=0), (codes.int() + 1).clamp(max=255)):
+        assert bool((error <= (levels[neighbour] * scale - x.double()).abs() + scale * ROUNDING).all())
+
+
+@given(weights(), st.booleans(), lengths)
+def test_decoding_is_one_float32_product(x, signed, block_size):
+    codes, absmax = quantize_dynamic8(drawn(x, signed), signed=signed, block_size=block_size)
+    scale = absmax.double().repeat_interleave(block_size)[: x.numel()].view(x.shape)
+    # In float64 the product of two float32 numbers is exact, so this is rounded once.
+    expected = (dynamic_levels(signed).double()[codes.long()] * scale).float()
+    assert torch.equal(dequantize_dynamic8(codes, absmax, signed=signed, block_size=block_size), expected)
+
+
+@given(weights(), st.booleans(), lengths)
+def test_encoding_what_was_decoded_changes_nothing(x, signed, block_size):
+    x = drawn(x, signed)
+    flat = torch.nn.functional.pad(x.reshape(-1), (0, -x.numel() % block_size)).view(-1, block_size)
+    if signed:
+        # There is no level at -1: a block keeps its absmax only if a positive value attains it.
+        flat = torch.where(flat.amax(dim=1, keepdim=True) < flat.abs().amax(dim=1, keepdim=True), -flat, flat)
+    codes, absmax = quantize_dynamic8(flat, signed=signed, block_size=block_size)
+    back = dequantize_dynamic8(codes, absmax, signed=signed, block_size=block_size)
+    again, same = quantize_dynamic8(back, signed=signed, block_size=block_size)
+    assert torch.equal(codes, again) and torch.equal(absmax, same)
+
+
+@given(weights(), st.booleans(), lengths)
+def test_a_block_is_encoded_as_if_it_were_alone(x, signed, block_size):
+    x = drawn(x, signed)
+    codes, absmax = quantize_dynamic8(x, signed=signed, block_size=block_size)
+    blocks = [quantize_dynamic8(block, signed=signed, block_size=block_size) for block in x.reshape(-1).split(block_size)]
+    if x.numel():
+        assert torch.equal(codes.reshape(-1), torch.cat([alone for alone, _ in blocks]))
+        assert torch.equal(absmax, torch.cat([alone for _, alone in blocks]))
+
+
+@given(weights(), st.booleans())
+def test_the_dtype_of_a_tensor_does_not_change_its_codes(x, signed):
+    x = x if signed else x.abs()
+    codes, absmax = quantize_dynamic8(x, signed=signed)
+    for same in (x.float(), x.double()):
+        twin, twin_absmax = quantize_dynamic8(same, signed=signed)
+        assert torch.equal(codes, twin) and torch.equal(absmax, twin_absmax)
+
+
 @given(weights(), st.booleans())
 def test_zero_comes_back_as_zero(x, signed):
-    x = x.float() if signed else x.float().abs()
+    x = drawn(x, signed)
     back = dequantize_dynamic8(*quantize_dynamic8(x, signed=signed), signed=signed)
     assert bool((back[x == 0] == 0).all())
 
 
-@given(weights(), st.integers(-20, 20))
-def test_a_power_of_two_scales_absmax_and_leaves_the_codes(x, exponent):
-    codes, absmax = quantize_dynamic8(x.float(), signed=True)
-    scaled_codes, scaled_absmax = quantize_dynamic8(x.float() * 2.0**exponent, signed=True)
+@given(weights(), st.sampled_from([(True, False), (False, False), (False, True)]), st.integers(-20, 20))
+def test_a_power_of_two_scales_absmax_and_leaves_the_codes(x, table, exponent):
+    (signed, never_zero), x = table, drawn(x, table[0])
+    codes, absmax = quantize_dynamic8(x, signed=signed, never_zero=never_zero)
+    scaled_codes, scaled_absmax = quantize_dynamic8(x * 2.0**exponent, signed=signed, never_zero=never_zero)
     assert torch.equal(codes, scaled_codes) and torch.equal(absmax * 2.0**exponent, scaled_absmax)
 
 
@@ -69,10 +127,16 @@ def test_never_zero_matters_for_a_value_far_below_its_block():
     assert quantize_dynamic8(x, signed=False, never_zero=True)[0].tolist() == [255, 1]
 
 
-def test_a_tie_takes_the_lower_level():
-    levels = dynamic_levels(True)
+def test_a_value_is_multiplied_by_the_reciprocal_and_not_divided():
+    # Just below the midpoint of the first two levels; -2.9578123 / 3 rounds to just above it.
+    assert quantize_dynamic8(torch.tensor([3.0, -2.9578123092651367]), signed=True)[0].tolist() == [255, 0]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_tie_takes_the_lower_level(signed):
+    levels = dynamic_levels(signed)
     midpoints = (levels[1:] + levels[:-1]) / 2
-    codes, _ = quantize_dynamic8(torch.cat((midpoints, torch.ones(1))), signed=True)
+    codes, _ = quantize_dynamic8(torch.cat((midpoints, torch.ones(1))), signed=signed)
     assert codes.tolist() == [*range(255), 255]
 
 

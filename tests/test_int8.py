@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import qlite
-from tests.strategies import weights
+from tests.strategies import DTYPES, weights
 
 EXAMPLE = [1.2, -0.5, -4.3, 1.2, -3.1, 0.8, 2.4, 5.4]
 groupings = st.sampled_from((("tensor", None), ("row", None), ("block", 1), ("block", 50)))
@@ -27,6 +27,28 @@ def groups(x, per, block_size):
 def test_the_documented_example():
     q = qlite.quantize_int8(torch.tensor(EXAMPLE), per="tensor")
     assert q.codes.tolist() == [[28, -12, -101, 28, -73, 19, 56, 127]]
+
+
+def test_a_range_that_one_code_a_unit_covers_is_stored_as_it_is():
+    # -100..155 is 256 codes wide: the step is 1, and zero is code -28.
+    q = qlite.quantize_int8(torch.tensor([[-100.0, 155.0, 0.0, 1.0, 54.0]]), zero_point=True)
+    assert (q.codes.tolist(), q.scale.tolist(), q.zero_point.tolist()) == ([[-128, 127, -28, -27, 26]], [[1.0]], [[-28]])
+
+
+def test_a_tie_takes_the_even_code():
+    ties = [0.5, 1.5, 2.5, -0.5, -1.5, -2.5]
+    assert qlite.quantize_int8(torch.tensor([*ties, 127.0])).codes.tolist() == [[0, 2, 2, 0, -2, -2, 127]]
+    steps = qlite.quantize_int8(torch.tensor([*ties, -128.0, 127.0]), zero_point=True)
+    assert steps.zero_point.item() == 0 and steps.codes.tolist() == [[0, 2, 2, 0, -2, -2, -128, 127]]
+
+
+@given(weights(), groupings)
+def test_absmax_is_the_largest_magnitude_of_its_group(x, grouping):
+    per, block_size = grouping
+    assume(x.numel())
+    absmax = qlite.quantize_int8(x, per=per, block_size=block_size).absmax
+    expected = [x[rows, columns].float().abs().max().item() for rows, columns in groups(x, per, block_size)]
+    assert absmax.flatten().tolist() == expected
 
 
 @given(weights(), groupings)
@@ -70,17 +92,58 @@ def test_absmax_codes_are_idempotent(x, grouping):
     assert torch.equal(qlite.quantize_int8(q.dequantize(), per=per, block_size=block_size).codes, q.codes)
 
 
-@given(weights(dtypes=(torch.float32,)), st.integers(-100, 100), st.booleans())
-def test_a_power_of_two_leaves_the_codes(x, exponent, zero_point):
-    codes = qlite.quantize_int8(x, zero_point=zero_point).codes
-    assert torch.equal(qlite.quantize_int8(x * 2.0**exponent, zero_point=zero_point).codes, codes)
+@given(weights(dtypes=(torch.float32,)), groupings)
+def test_zero_point_codes_are_idempotent_where_a_group_uses_all_of_them(x, grouping):
+    per, block_size = grouping
+    q = qlite.quantize_int8(x, zero_point=True, per=per, block_size=block_size)
+    again = qlite.quantize_int8(q.dequantize(), zero_point=True, per=per, block_size=block_size)
+    # Elsewhere the rounded zero point has moved the range by part of a step, and the decoded range is a step narrower.
+    for rows, columns in groups(x, per, block_size):
+        codes = q.codes[rows, columns]
+        if codes.numel() and (int(codes.min()), int(codes.max())) == (-128, 127):
+            assert torch.equal(again.codes[rows, columns], codes)
 
 
-@given(weights(), st.booleans())
-def test_a_row_is_encoded_as_if_it_were_alone(x, zero_point):
-    whole = qlite.quantize_int8(x, zero_point=zero_point).codes
+@given(weights(dtypes=(torch.float32,)), groupings, st.integers(-60, 100), st.booleans())
+def test_a_power_of_two_scales_the_step_and_leaves_the_codes(x, grouping, exponent, zero_point):
+    per, block_size = grouping  # of values above 2^-50, so that every step stays a normal number
+    q = qlite.quantize_int8(x, zero_point=zero_point, per=per, block_size=block_size)
+    scaled = qlite.quantize_int8(x * 2.0**exponent, zero_point=zero_point, per=per, block_size=block_size)
+    assert torch.equal(q.codes, scaled.codes)
+    assert torch.equal((q.scale if zero_point else q.absmax) * 2.0**exponent, scaled.scale if zero_point else scaled.absmax)
+
+
+@given(weights(), st.sampled_from((("row", None), ("block", 1), ("block", 50))), st.booleans())
+def test_a_row_is_encoded_as_if_it_were_alone(x, grouping, zero_point):
+    per, block_size = grouping
+    whole = qlite.quantize_int8(x, zero_point=zero_point, per=per, block_size=block_size).codes
     for i, row in enumerate(x):
-        assert torch.equal(qlite.quantize_int8(row, zero_point=zero_point).codes[0], whole[i])
+        assert torch.equal(qlite.quantize_int8(row, zero_point=zero_point, per=per, block_size=block_size).codes[0], whole[i])
+
+
+@given(weights(), groupings, st.booleans())
+def test_the_dtype_of_a_tensor_does_not_change_its_codes(x, grouping, zero_point):
+    per, block_size = grouping
+    codes = qlite.quantize_int8(x, zero_point=zero_point, per=per, block_size=block_size).codes
+    for same in (x.float(), x.double()):
+        assert torch.equal(qlite.quantize_int8(same, zero_point=zero_point, per=per, block_size=block_size).codes, codes)
+
+
+@given(weights(), groupings, st.booleans(), st.sampled_from((*DTYPES, torch.float64)))
+def test_decoding_is_a_float32_product_that_is_rounded_once(x, grouping, zero_point, dtype):
+    per, block_size = grouping
+    q = qlite.quantize_int8(x, zero_point=zero_point, per=per, block_size=block_size)
+    # In float64 a difference of codes and its product with a float32 number are exact; a quotient is rounded harmlessly.
+    step = q.scale if zero_point else (q.absmax.double() / 127).float()
+    origin = q.zero_point if zero_point else torch.zeros_like(step)
+    step, origin = (part.double().repeat_interleave(q.block_size, dim=1)[:, : x.shape[1]] for part in (step, origin))
+    assert torch.equal(q.dequantize(dtype), ((q.codes.double() - origin) * step).float().to(dtype))
+
+
+@pytest.mark.parametrize("exponent", [-149, -140, -126, -101, -100, 100, 121])
+def test_absmax_codes_are_the_same_at_both_ends_of_float32(exponent):
+    x = torch.tensor([[127.0, -127.0, 64.0, 1.0, 0.0]]) * 2.0**exponent
+    assert qlite.quantize_int8(x).codes.tolist() == [[127, -127, 64, 1, 0]]
 
 
 @pytest.mark.parametrize("zero_point", [False, True])
@@ -88,8 +151,9 @@ def test_a_row_is_encoded_as_if_it_were_alone(x, zero_point):
 def test_the_ends_of_float32_survive(scale, zero_point):
     x = torch.tensor([[1.0, -1.0, 0.5, 0.0]]) * scale
     back = qlite.quantize_int8(x, zero_point=zero_point).dequantize()
-    # Half a step, and below the normal numbers the spacing of the decoded value itself.
-    assert bool(((back.double() - x.double()).abs() <= 2 * scale / 255 * 0.51 + 2.0**-126).all())
+    # Half a step; below the normal numbers the step itself is rounded to a multiple of 2^-149, or is the smallest one.
+    rounding = 2.0**-127 if zero_point else 127 * 2.0**-150
+    assert bool(((back.double() - x.double()).abs() <= 2 * scale / 255 * 0.51 + rounding).all())
     assert bool(torch.isfinite(back).all())
 
 

@@ -1,17 +1,20 @@
 """The 4-bit formats: levels, rounding, layout, double quantization."""
 
 import hashlib
+import itertools
+import math
 import statistics
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import qlite
 from qlite import nf4
+from qlite.dynamic8 import dynamic_levels
 from qlite.nf4 import FP4_LEVELS, NF4_LEVELS
-from tests.strategies import block_sizes, tables, weights
+from tests.strategies import DTYPES, UNIFORM_LEVELS, block_sizes, full_tables, tables, weights, whole_blocks
 
 # Two roundings in w * (1 / absmax), one in level * absmax, each of relative size 2^-24.
 ROUNDING = 2**-22
@@ -21,8 +24,10 @@ SUBNORMAL = {torch.float32: 0.0, torch.float16: 2**-25, torch.bfloat16: 2**-134}
 
 
 def half_gap(levels: tuple[float, ...]) -> float:
-    ascending = sorted({-1.0, 1.0, *levels})
-    return max(b - a for a, b in zip(ascending, ascending[1:], strict=False)) / 2
+    """The largest distance of a share in [-1, 1] from its nearest level: midway between two, or at an end."""
+    ascending = sorted(levels)
+    gaps = [(b - a) / 2 for a, b in itertools.pairwise(ascending)]
+    return max(*gaps, 1 + ascending[0], 1 - ascending[-1])
 
 
 def absmax_per_weight(w: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -84,11 +89,68 @@ def test_no_other_level_is_nearer(w, block_size, levels):
     assert bool(((q.dequantize().double() - w.double()).abs() <= best + absmax * ROUNDING).all())
 
 
-@given(weights(dtypes=(torch.float32, torch.bfloat16)), block_sizes)
-def test_encoding_what_was_decoded_changes_nothing(w, block_size):
-    q = qlite.quantize_nf4(w, block_size=block_size, double_quant=False)
-    again = qlite.quantize_nf4(q.dequantize(), block_size=block_size, double_quant=False)
+@given(weights(), st.sampled_from((1.0, 3.0, 0.7)), block_sizes, tables)
+def test_a_code_counts_the_midpoints_below_the_product_with_the_rounded_reciprocal(w, scale, block_size, levels):
+    w = w.float() * scale  # so that values beside a midpoint have an absmax whose reciprocal is rounded, too
+    q = qlite.quantize_nf4(w, block_size=block_size, double_quant=False, levels=levels)
+    # One float32 rounding of each of quotient, product and midpoint: float64 holds enough digits to round only then.
+    inverse = (1 / absmax_per_weight(w, block_size).clamp(min=torch.tensor(1e-38).item())).float().double()
+    share = (w.double() * inverse).float()
+    table = torch.tensor(levels).tolist()
+    different = torch.tensor(sorted(set(table)), dtype=torch.float64)
+    midpoints = ((different[1:] + different[:-1]) / 2).float()
+    counts = (share[:, :, None] > midpoints).sum(dim=2)
+    expected = [[table.index(different[count].item()) for count in row] for row in counts.tolist()]
+    assert nf4.unpack(q.codes)[:, : w.shape[1]].tolist() == expected
+
+
+@pytest.mark.parametrize("levels", [NF4_LEVELS, FP4_LEVELS, UNIFORM_LEVELS])
+@pytest.mark.parametrize("block_size", nf4.BLOCK_SIZES)
+def test_every_block_size_keeps_the_bound_and_the_exact_absmax_with_a_short_last_block(block_size, levels):
+    # Two blocks and a half, and a row of odd length; a row of small values between two of large ones.
+    w = torch.randn(3, 2 * block_size + block_size // 2 + 1, generator=torch.Generator().manual_seed(block_size))
+    w[1] *= 1e-4
+    q = qlite.quantize_nf4(w, block_size=block_size, double_quant=False, levels=levels)
+    absmax = absmax_per_weight(w, block_size)
+    assert torch.equal(q.absmax.double(), absmax[:, ::block_size])
+    assert bool(((q.dequantize().double() - w.double()).abs() <= absmax * (half_gap(levels) + ROUNDING)).all())
+
+
+@given(whole_blocks(), tables)
+def test_rows_of_whole_blocks_are_one_flat_sequence_of_blocks(drawn, levels):
+    w, block_size = drawn
+    rows = qlite.quantize_nf4(w, block_size=block_size, double_quant=False, levels=levels)
+    flat = qlite.quantize_nf4(w.reshape(-1), block_size=block_size, double_quant=False, levels=levels)
+    assert torch.equal(rows.codes.view(-1), flat.codes[0]) and torch.equal(rows.absmax.view(-1), flat.absmax[0])
+
+
+@given(weights(), block_sizes, full_tables)
+def test_encoding_what_was_decoded_changes_nothing(w, block_size, levels):
+    q = qlite.quantize_nf4(w, block_size=block_size, double_quant=False, levels=levels)
+    # Below the normal numbers of a dtype its spacing is wider than the gaps between the levels.
+    assume(bool(((q.absmax == 0) | (q.absmax >= torch.finfo(w.dtype).tiny)).all()))
+    again = qlite.quantize_nf4(q.dequantize(), block_size=block_size, double_quant=False, levels=levels)
     assert torch.equal(q.codes, again.codes) and torch.equal(q.absmax, again.absmax)
+
+
+@given(weights(), block_sizes, tables, st.booleans(), st.sampled_from((*DTYPES, torch.float64)))
+def test_decoding_is_a_float32_product_that_is_rounded_once(w, block_size, levels, double_quant, dtype):
+    q = qlite.quantize_nf4(w, block_size=block_size, double_quant=double_quant, levels=levels)
+    absmax = nf4.dequantize_absmax(q.absmax, q.absmax_scale, q.absmax_offset).double()
+    absmax = absmax.repeat_interleave(block_size, dim=1)[:, : w.shape[1]]
+    codes = torch.stack((q.codes // 16, q.codes % 16), dim=-1).flatten(1)[:, : w.shape[1]].long()
+    # In float64 the product of two float32 numbers is exact, so this is one rounding to float32 and one to the dtype.
+    expected = (torch.tensor(levels).double()[codes] * absmax).float().to(dtype)
+    assert torch.equal(q.dequantize(dtype), expected)
+
+
+@given(weights(), block_sizes, tables)
+def test_the_dtype_of_a_weight_does_not_change_its_codes(w, block_size, levels):
+    q = qlite.quantize_nf4(w, block_size=block_size, levels=levels)
+    # Just beside the values of w: what float64 holds beyond float32 is rounded away first.
+    for same in (w.float(), w.double(), w.double() * (1 + 2**-40)):
+        twin = qlite.quantize_nf4(same, block_size=block_size, levels=levels)
+        assert torch.equal(q.codes, twin.codes) and torch.equal(q.absmax, twin.absmax)
 
 
 @given(weights(dtypes=(torch.float32,)), block_sizes, tables, st.integers(-20, 20))
@@ -98,17 +160,17 @@ def test_a_power_of_two_scales_absmax_and_leaves_the_codes(w, block_size, levels
     assert torch.equal(q.codes, scaled.codes) and torch.equal(q.absmax * 2.0**exponent, scaled.absmax)
 
 
-@given(weights(), block_sizes)
-def test_a_row_is_encoded_as_if_it_were_alone(w, block_size):
-    whole = qlite.quantize_nf4(w, block_size=block_size, double_quant=False)
-    rows = [qlite.quantize_nf4(row[None], block_size=block_size, double_quant=False) for row in w]
+@given(weights(), block_sizes, tables)
+def test_a_row_is_encoded_as_if_it_were_alone(w, block_size, levels):
+    whole = qlite.quantize_nf4(w, block_size=block_size, double_quant=False, levels=levels)
+    rows = [qlite.quantize_nf4(row[None], block_size=block_size, double_quant=False, levels=levels) for row in w]
     for i, row in enumerate(rows):
         assert torch.equal(whole.codes[i : i + 1], row.codes) and torch.equal(whole.absmax[i : i + 1], row.absmax)
 
 
-@given(weights(), block_sizes)
-def test_zeros_come_back_as_positive_zeros_and_a_zero_block_has_absmax_zero(w, block_size):
-    q = qlite.quantize_nf4(w, block_size=block_size, double_quant=False)
+@given(weights(), block_sizes, st.sampled_from((NF4_LEVELS, FP4_LEVELS)))
+def test_zeros_come_back_as_positive_zeros_and_a_zero_block_has_absmax_zero(w, block_size, levels):
+    q = qlite.quantize_nf4(w, block_size=block_size, double_quant=False, levels=levels)
     back = q.dequantize()
     zeros = back[w == 0]
     assert bool((zeros == 0).all()) and not bool(torch.signbit(zeros).any())
@@ -123,6 +185,21 @@ def _blocks_of_zeros(w, block_size):
 def test_a_zero_block_is_all_code_seven():
     q = qlite.quantize_nf4(torch.zeros(2, 64), double_quant=False)
     assert q.codes.unique().tolist() == [0x77] and q.absmax.tolist() == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-149, 1e-42, 9e-39])
+def test_an_absmax_below_1e_38_is_kept_and_its_weights_are_normalised_by_1e_38(magnitude):
+    w = torch.tensor([[1.0, -1.0, 0.6, 0.0]]) * magnitude
+    q = qlite.quantize_nf4(w, block_size=32, double_quant=False)
+    shares = [value / 1e-38 for value in w[0].tolist()]
+    nearest = [min(range(16), key=lambda code: abs(NF4_LEVELS[code] - share)) for share in shares]
+    assert q.absmax.item() == w[0, 0].item() and nf4.unpack(q.codes)[0].tolist() == nearest
+
+
+@given(weights(), block_sizes, tables)
+def test_a_level_that_a_table_holds_twice_is_written_by_its_first_code(w, block_size, levels):
+    q = qlite.quantize_nf4(w, block_size=block_size, double_quant=False, levels=levels)
+    assert set(nf4.unpack(q.codes).flatten().tolist()) <= {levels.index(level) for level in levels}
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -148,9 +225,12 @@ def test_packing_is_a_bijection(data):
     assert codes[0, :2].tolist() == [data[0] >> 4, data[0] & 15]
 
 
-def test_a_row_of_odd_length_ends_in_the_code_of_zero():
-    q = qlite.quantize_nf4(torch.ones(3, 5), block_size=32, double_quant=False)
-    assert q.codes.shape == (3, 3) and (q.codes[:, -1] & 15).tolist() == [7, 7, 7]
+@given(weights(), block_sizes, tables)
+def test_a_row_of_odd_length_ends_in_the_code_of_the_level_nearest_to_zero(w, block_size, levels):
+    assume(w.shape[1] % 2)
+    q = qlite.quantize_nf4(w, block_size=block_size, double_quant=False, levels=levels)
+    zero = levels.index(min(levels, key=lambda level: (abs(level), level)))  # a tie takes the lower one
+    assert q.codes.shape == (len(w), w.shape[1] // 2 + 1) and (q.codes[:, -1] & 15).tolist() == [zero] * len(w)
 
 
 @given(weights(), block_sizes, tables)
@@ -166,6 +246,26 @@ def test_double_quantization_keeps_the_codes_and_moves_absmax_within_its_own_bou
         # Half the widest gap of the signed dynamic table, and the float32 roundings of the subtraction and the sum.
         bound = centred[group].max() * (0.007031261920928955 + 2**-22) + 2**-21 * exact[group].max()
         assert bool(((absmax[group] - exact[group]).abs() <= bound).all())
+
+
+@given(weights(), block_sizes)
+def test_what_double_quantization_subtracts_is_the_mean_of_absmax(w, block_size):
+    absmax = qlite.quantize_nf4(w, block_size=block_size, double_quant=False).absmax
+    offset = qlite.quantize_nf4(w, block_size=block_size).absmax_offset
+    # Summed without any error and rounded twice, to float64 and to float32: one spacing of float32 is slack.
+    mean = math.fsum(absmax.flatten().tolist()) / max(absmax.numel(), 1)
+    assert offset.item() == pytest.approx(mean, rel=2**-23, abs=0)
+
+
+@given(weights(max_exponent=4), block_sizes)
+def test_decoding_absmax_rounds_the_product_and_then_the_sum(w, block_size):
+    q = qlite.quantize_nf4(w, block_size=block_size)
+    assert q.absmax_scale is not None and q.absmax_offset is not None
+    scale = q.absmax_scale.double().repeat_interleave(256)[: q.absmax.numel()].view(q.absmax.shape)
+    # Exact in float64 before each rounding to float32: a product of 48 bits; a sum that float64 rounds harmlessly.
+    product = (dynamic_levels(True).double()[q.absmax.long()] * scale).float()
+    expected = (product.double() + q.absmax_offset.double()).float()
+    assert torch.equal(nf4.dequantize_absmax(q.absmax, q.absmax_scale, q.absmax_offset), expected)
 
 
 def test_equal_absmax_values_survive_double_quantization_exactly():

@@ -63,6 +63,43 @@ def test_linear_nf4_and_its_gradient_equal_float64_over_the_decoded_weight(w, bl
     assert bool(((grad_x.double() - grad.double() @ exact).abs() <= allowed).all())
 
 
+@given(weights(dtypes=(torch.float32,), max_exponent=4, columns=st.integers(1, 300)), st.integers(0, 4))
+def test_linear_int8_and_its_gradient_equal_float64_over_the_decoded_weight(w, batch):
+    q = qlite.quantize_int8(w)
+    exact = q.dequantize().double()
+    x = seeded(batch, w.shape[1]).requires_grad_()
+    y = ops.linear_int8(x, q.codes, q.absmax)
+    # As above: n float32 terms err by at most n * 2^-24 of the sum of magnitudes.
+    allowed = (w.shape[1] + 2) * 2**-24 * (x.detach().double().abs() @ exact.abs().T)
+    assert bool(((y.double() - x.double() @ exact.T).abs() <= allowed).all())
+    grad = seeded(*y.shape)
+    (grad_x,) = torch.autograd.grad(y, x, grad)
+    allowed = (w.shape[0] + 2) * 2**-24 * (grad.double().abs() @ exact.abs())
+    assert bool(((grad_x.double() - grad.double() @ exact).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_dtype_multiplies_the_weight_decoded_into_it_and_adds_the_bias(dtype, kind):
+    w, x, bias = seeded(48, 200), seeded(6, 200, dtype=dtype).requires_grad_(), seeded(48).requires_grad_()
+    if kind == "nf4":
+        q = qlite.quantize_nf4(w)
+        y = ops.linear_nf4(x, q, bias)
+    else:
+        q = qlite.quantize_int8(w)
+        y = ops.linear_int8(x, q.codes, q.absmax, bias)
+    exact, shift = q.dequantize(dtype).double(), bias.detach().to(dtype).double()
+    # 200 float32 terms and the bias, then two roundings to the dtype at most: of the product, and of the sum with the bias.
+    roundoff = 202 * 2**-24 + torch.finfo(dtype).eps
+    allowed = roundoff * (x.detach().double().abs() @ exact.abs().T + shift.abs())
+    assert y.dtype == dtype and bool(((y.double() - (x.double() @ exact.T + shift)).abs() <= allowed).all())
+    y.sum().backward()
+    # Of y.sum() the gradient of x is the sum of the rows of the weight: 48 terms.
+    allowed = (50 * 2**-24 + torch.finfo(dtype).eps) * exact.abs().sum(dim=0)
+    assert x.grad.dtype == dtype and bool(((x.grad.double() - exact.sum(dim=0)).abs() <= allowed).all())
+    assert bias.grad.dtype == torch.float32 and torch.equal(bias.grad, torch.full((48,), 6.0))
+
+
 def test_gradients_pass_gradcheck():
     q4, q8 = qlite.quantize_nf4(seeded(5, 64)), qlite.quantize_int8(seeded(5, 9))
     x4, x8, bias = (t.double().requires_grad_() for t in (seeded(2, 64), seeded(2, 9), seeded(5)))

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import Parameter
 
-from qlite import optim, paging
+from qlite import adamw_8bit, optim, paging
+from qlite.adamw_8bit import AdamWRule
 from qlite.dynamic8 import dequantize_dynamic8, quantize_dynamic8
-from qlite.optim import AdamW8bit, AdamWRule, PagedAdamW8bit
+from qlite.optim import AdamW8bit, PagedAdamW8bit
 
 LR = 1e-3
 # Half of the widest gap between two levels, relative to absmax (tests/test_dynamic8.py derives them), and the float32
@@ -140,7 +141,7 @@ def test_a_step_one_percent_too_long_breaks_the_drift_bound():
     assert bool((drift > drift_bound(start, steps[:1])).any())
 
 
-@pytest.mark.parametrize(("noise", "rms", "most"), [(0.0, 0.1, 3.0), (0.1, 2.0, 12.0)])
+@pytest.mark.parametrize(("noise", "rms", "most"), [(0.0, 0.1, 4.0), (0.1, 5.5, 50.0)])
 def test_on_a_quadratic_the_run_stays_within_a_few_learning_rates_of_adamw(noise, rms, most):
     source, lr = generator(0), 1e-2
     curvature = 10 ** (torch.rand(4096, generator=source) * 2 - 1)
@@ -158,8 +159,9 @@ def test_on_a_quadratic_the_run_stays_within_a_few_learning_rates_of_adamw(noise
         if step == 200:
             ratio = losses[0] / losses[1]
     drift = (params_of(ours)[0] - params_of(peer)[0]) / lr
-    # Measured: rms 0.03 and 1.03, largest 1.7 and 7.3, ratio 1.06 and 1.11; about twice that is allowed.
-    assert ratio is not None and ratio <= 1.15
+    # Measured over four seeds: rms 0.02 to 0.03 and 2.5 to 2.7, largest 0.7 to 1.7 and 20 to 25, ratio of the losses at
+    # most 1.05; about twice that is allowed.
+    assert ratio is not None and ratio <= 1.1
     assert drift.square().mean().sqrt() <= rms and drift.abs().max() <= most
 
 
@@ -197,7 +199,7 @@ def test_without_the_rule_that_no_second_moment_becomes_zero_the_same_regression
     def nearest(x, **options):
         return quantize_dynamic8(x, **{**options, "never_zero": False})
 
-    monkeypatch.setattr(optim, "quantize_dynamic8", nearest)
+    monkeypatch.setattr(adamw_8bit, "quantize_dynamic8", nearest)
     monkeypatch.setattr(AdamWRule, "bound", lambda self: math.inf)
     largest, loss = regression(AdamW8bit, 400)
     assert largest > 1000 and loss > 10 * regression(torch.optim.AdamW, 400)[1]  # measured: 5.6e6 lr, loss 3.9e6
@@ -226,9 +228,9 @@ def test_no_sequence_of_gradients_moves_an_element_by_more_than_eight_learning_r
 
 
 def late_beside_large() -> list[torch.Tensor]:
-    """A coordinate that wakes up after 1,500 steps, its gradient 0.014 of its neighbours' and steady."""
+    """A coordinate that wakes up after 1,500 steps, its gradient 0.012 of its neighbours' and steady."""
     quiet, awake = torch.ones(256), torch.ones(256)
-    quiet[0], awake[0] = 0.0, 0.014
+    quiet[0], awake[0] = 0.0, 0.012
     return [quiet] * 1500 + [awake] * 60
 
 
@@ -243,7 +245,7 @@ def test_without_the_bound_the_same_coordinate_leaps(monkeypatch):
     monkeypatch.setattr(AdamWRule, "bound", lambda self: math.inf)
     param = Parameter(torch.zeros(256))
     optimizer = AdamW8bit([param], lr=LR, weight_decay=0.0, min_8bit_size=0)
-    assert largest_moves(optimizer, param, late_beside_large()).max() > 12  # measured: about 17
+    assert largest_moves(optimizer, param, late_beside_large()).max() > 12  # measured: 13.97
 
 
 @given(seeds, st.sampled_from([(0.9, 0.999), (0.9, 0.95), (0.0, 0.9), (0.5, 0.5), (0.95, 0.9999)]))
@@ -525,7 +527,8 @@ def test_a_run_taken_up_from_files_is_the_run_that_never_stopped(saver, loader, 
     resumed.load_state_dict(saved)
     assert_same_bits(unbroken, resumed)
     if loader is PagedAdamW8bit:
-        assert resumed.paged_bytes == sum(size for size, n in zip(SIZES, (5000, 3, 10000, 1, 4096), strict=True) if n > page_above)
+        above = [size for size, n in zip(SIZES, (5000, 3, 10000, 1, 4096), strict=True) if n > page_above]
+        assert resumed.paged_bytes == sum(above)
     advance(unbroken, steps[5:])
     advance(resumed, steps[5:])
     assert_same_bits(unbroken, resumed)
@@ -598,7 +601,7 @@ def step_below_zero(state):
         (absmax_too_short, r"exp_avg_absmax .* wanted torch.float32 \(20,\)"),
         (codes_of_another_shape, r"exp_avg .* wanted torch.uint8 \(100, 100\)"),
         (codes_as_floats, "exp_avg_sq .* wanted torch.uint8"),
-        (absmax_cast, "exp_avg_absmax .* bfloat16"),
+        (absmax_cast, "exp_avg_absmax .* is torch.bfloat16 .* wanted torch.float32"),
         (group_of_another_optimizer, "no block_size"),
         (group_too_short, "group"),
         (entry_for_nobody, "77"),

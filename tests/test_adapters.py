@@ -1,0 +1,794 @@
+"""Adapters as files: what is written comes back bit for bit, what does not fit is refused by name, what is merged is exact."""
+
+import functools
+import itertools
+import json
+import os
+import pathlib
+import tempfile
+import types
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import qlite
+from qlite import adapters
+from qlite.adapters import CARD, CONFIG, FINGERPRINT, PREFIX, TENSORS
+from qlite.linear import QuantizedLinear
+from qlite.lora import LoRALinear
+from qlite.nf4 import FP4_LEVELS
+from qlite.storage import read_metadata
+from tests.falcons import FLAVOURS, falcon_of, tokens_of
+
+KINDS = {
+    "dense": None,
+    "nf4": qlite.Linear4bit,
+    "fp4": functools.partial(qlite.Linear4bit, levels=FP4_LEVELS, double_quant=False),
+    "int8": qlite.Linear8bit,
+}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+TARGETS = (
+    "all-linear",
+    ["query_key_value"],
+    ["dense"],
+    ["dense_4h_to_h", "query_key_value"],
+    ["transformer.h.1.mlp.dense_h_to_4h"],
+    ["h.0.mlp.dense_h_to_4h", "dense"],
+    r".*\.h\.1\..*dense.*",
+    r"transformer\.h\.0\.self_attention\.dense|.*4h_to_h",
+)
+UP = "transformer.h.0.mlp.dense_h_to_4h"
+
+
+def base_of(kind=None, flavour="7b", dtype=torch.float32, seed=0):
+    model = falcon_of(FLAVOURS[flavour], seed=seed, dtype=dtype)
+    if kind is not None:
+        qlite.quantize_model(model, kind)
+    return model
+
+
+def adapt(model, seed=1, **options):
+    """Adds adapters that change what the model says: B is not zero."""
+    options = {"r": 3, "alpha": 8.0, "dropout": 0.0, **options}
+    report = qlite.add_lora(model, qlite.LoRAConfig(**options), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for module in adapted(model).values():
+        module.lora_B.data = torch.randn(module.lora_B.shape, generator=generator) * 0.1
+    return report
+
+
+def adapted(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def logits(model):
+    return model(tokens_of(model.config, 2, 7))
+
+
+def state_of(model):
+    """All that a refused adapter must leave alone."""
+    tensors = {name: (t.dtype, tuple(t.shape), t.detach().flatten().tolist()) for name, t in model.state_dict().items()}
+    rates = {name: (module.scaling, module.dropout.p) for name, module in adapted(model).items()}
+    return tensors, rates, getattr(model, "lora_config", None), [p.requires_grad for p in model.parameters()]
+
+
+def stored_bytes(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# ------------------------------------------------------------------------------------------------------ saved and loaded
+
+
+@settings(max_examples=40)  # each waits for the disk, four times
+@given(
+    st.sampled_from(list(KINDS)), st.sampled_from(TARGETS), st.integers(1, 6), st.floats(0.1, 64), st.sampled_from((0.0, 0.3))
+)
+def test_an_adapter_comes_back_bit_for_bit(kind, targets, r, alpha, dropout):
+    model = base_of(KINDS[kind])
+    added = adapt(model, targets=targets, r=r, alpha=alpha, dropout=dropout)
+    with tempfile.TemporaryDirectory() as folder:
+        assert qlite.save_adapter(model, folder) == pathlib.Path(folder)
+        again = base_of(KINDS[kind])
+        report = qlite.load_adapter(again, folder)
+        assert report == added
+        assert torch.equal(logits(again.eval()), logits(model.eval()))
+        assert state_of(again)[:2] == state_of(model)[:2]
+        config = again.lora_config
+        assert (config.r, config.alpha, config.dropout) == (r, alpha, dropout)
+        qlite.save_adapter(again, pathlib.Path(folder) / "again")
+        for name in (CONFIG, TENSORS):
+            assert (pathlib.Path(folder) / "again" / name).read_bytes() == (pathlib.Path(folder) / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flavour", ["40b", "11b", "rw"])
+def test_every_flavour_and_dtype_comes_back(flavour, dtype, tmp_path):
+    model = base_of(qlite.Linear4bit, flavour, dtype)
+    adapt(model, targets="all-linear")
+    qlite.save_adapter(model, tmp_path)
+    again = base_of(qlite.Linear4bit, flavour, dtype)
+    qlite.load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert len(adapted(again)) == 8 and not any(name.startswith("lm_head") for name in adapted(again))
+
+
+def test_the_files_are_those_of_peft(tmp_path):
+    model = base_of(qlite.Linear4bit)
+    adapt(model, targets=["dense", "query_key_value"], r=2, alpha=5.0, dropout=0.25)
+    model.base_fingerprint, model.base_id = "abc", "tiiuae/falcon-7b"
+    qlite.save_adapter(model, tmp_path / "a" / "b")
+    assert set(stored_bytes(tmp_path / "a" / "b")) == {CONFIG, TENSORS}
+    tensors = load_file(tmp_path / "a" / "b" / TENSORS)
+    shapes = {}
+    for layer in (f"transformer.h.{i}.self_attention" for i in range(2)):
+        for name, rows in (("query_key_value", 80), ("dense", 48)):
+            shapes[f"base_model.model.{layer}.{name}.lora_A.weight"] = (2, 48)
+            shapes[f"base_model.model.{layer}.{name}.lora_B.weight"] = (rows, 2)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert read_metadata(tmp_path / "a" / "b" / TENSORS) == {"format": "pt", "qlite_base_fingerprint": "abc"}
+    assert json.loads((tmp_path / "a" / "b" / CONFIG).read_text()) == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "tiiuae/falcon-7b",
+        "r": 2,
+        "lora_alpha": 5.0,
+        "lora_dropout": 0.25,
+        "target_modules": ["dense", "query_key_value"],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a" / "b").iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_the_file_is_float32_whatever_the_model_was_cast_to(cast, tmp_path):
+    model = base_of()
+    adapt(model)
+    getattr(model, cast)()
+    qlite.save_adapter(model, tmp_path)
+    stored = load_file(tmp_path / TENSORS)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert torch.equal(stored[f"{PREFIX}{UP}.lora_B.weight"], adapted(model)[UP].lora_B.float())
+
+
+def test_the_base_may_be_named_and_the_name_that_load_falcon_was_given_is_the_default(tmp_path):
+    qlite.save_checkpoint(base_of(), tmp_path / "base")
+    model = qlite.load_falcon(tmp_path / "base")
+    adapt(model)
+    qlite.save_adapter(model, tmp_path / "one")
+    qlite.save_adapter(model, tmp_path / "other", base_id="me/mine")
+    names = [json.loads((tmp_path / name / CONFIG).read_text())["base_model_name_or_path"] for name in ("one", "other")]
+    assert names == [str(tmp_path / "base"), "me/mine"]
+
+
+def test_a_loaded_adapter_goes_on_training_and_the_base_does_not(tmp_path):
+    model = base_of(qlite.Linear4bit)
+    adapt(model)
+    qlite.save_adapter(model, tmp_path)
+    again = base_of(qlite.Linear4bit)
+    qlite.load_adapter(again, tmp_path)
+    trained = [name for name, parameter in again.named_parameters() if parameter.requires_grad]
+    assert trained == [name for name in again.state_dict() if "lora_" in name]
+    logits(again).sum().backward()
+    assert all(parameter.grad is not None for parameter in qlite.lora_parameters(again))
+
+
+def test_saving_over_an_adapter_replaces_it_and_keeps_the_other_files(tmp_path):
+    first, second = base_of(), base_of()
+    adapt(first, r=2, targets=["dense"])
+    adapt(second, r=5, seed=9)
+    qlite.save_adapter(first, tmp_path)
+    (tmp_path / CARD).write_text("mine")
+    (tmp_path / "checkpoint-5").mkdir()
+    qlite.save_adapter(second, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {CARD, CONFIG, TENSORS, "checkpoint-5"}
+    assert (tmp_path / CARD).read_text() == "mine"
+    again = base_of()
+    qlite.load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(second))
+
+
+@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()], ids=["disk full", "interrupt"])
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [(adapters, "save_file"), (pathlib.Path, "write_text"), (adapters, "read_header"), (adapters, "sync"), (os, "replace")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_interrupted_save_keeps_the_old_adapter_whole(error, module, step, tmp_path, monkeypatch):
+    first, second = base_of(), base_of()
+    adapt(first)
+    adapt(second, r=5, alpha=1.0, seed=9)
+    qlite.save_adapter(first, tmp_path)
+    before = stored_bytes(tmp_path)
+
+    def breaks(*arguments, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, step, breaks)
+        with pytest.raises(type(error)):
+            qlite.save_adapter(second, tmp_path)
+    assert stored_bytes(tmp_path) == before
+
+
+def test_the_bytes_are_on_the_disk_before_the_names_are(tmp_path, monkeypatch):
+    model = base_of()
+    adapt(model)
+    seen = []
+    monkeypatch.setattr(adapters, "sync", lambda path: seen.append((path.name, (tmp_path / TENSORS).exists())))
+    qlite.save_adapter(model, tmp_path)
+    assert sorted(seen) == [(f".{CONFIG}.tmp", False), (f".{TENSORS}.tmp", False)]
+
+
+def test_a_model_without_adapters_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="Falcon has no adapters; call add_lora first"):
+        qlite.save_adapter(base_of(), tmp_path / "a")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_an_adapter_that_is_not_finite_is_not_saved(key, value, tmp_path):
+    model = base_of()
+    adapt(model)
+    qlite.save_adapter(model, tmp_path)
+    before = stored_bytes(tmp_path)
+    getattr(adapted(model)[UP], key).data[-1, -1] = value
+    with pytest.raises(ValueError, match=rf"{UP}\.{key} holds a non-finite value; nothing was written"):
+        qlite.save_adapter(model, tmp_path)
+    assert stored_bytes(tmp_path) == before
+
+
+# ---------------------------------------------------------------------------------------------------- which layers it is on
+
+
+@pytest.mark.parametrize(
+    ("targets", "written"),
+    [
+        ("all-linear", ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]),
+        (["query_key_value", "dense"], ["dense", "query_key_value"]),
+        (["h.0.mlp.dense_h_to_4h", "dense"], ["dense", "h.0.mlp.dense_h_to_4h"]),
+        (r".*query_key_value", ["query_key_value"]),
+        (r".*\.1\.mlp\..*", ["transformer.h.1.mlp.dense_4h_to_h", "transformer.h.1.mlp.dense_h_to_4h"]),
+    ],
+)
+def test_target_modules_are_last_parts_of_names_where_those_are_exact(targets, written, tmp_path):
+    model = base_of()
+    adapt(model, targets=targets)
+    qlite.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == written
+
+
+class Nested(nn.Module):
+    """Names that end other names, and a container that is called like a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+        self.block = nn.ModuleDict({"up": nn.Linear(4, 4), "inner": nn.ModuleDict({"up": nn.Linear(4, 4)})})
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(self.block["inner"]["up"](self.block["up"](self.up(x))))
+
+
+NAMES = ("up", "block.up", "block.inner.up", "inner")
+
+
+@pytest.mark.parametrize("names", [set(names) for n in range(1, 5) for names in itertools.combinations(NAMES, n)], ids=" ".join)
+def test_names_that_end_other_names_come_back_as_the_same_layers(names, tmp_path):
+    torch.manual_seed(0)
+    model, again = Nested(), Nested()
+    again.load_state_dict(model.state_dict())
+    adapt(model, targets="|".join(name.replace(".", r"\.") for name in sorted(names)))
+    assert set(adapted(model)) == names
+    qlite.save_adapter(model, tmp_path)
+    report = qlite.load_adapter(again, tmp_path)
+    assert set(adapted(again)) == names == set(report.targets)
+    assert torch.equal(again(torch.ones(2, 4)), model(torch.ones(2, 4)))
+
+
+def test_an_adapter_on_some_layers_of_a_kind_names_them_when_it_is_saved_again(tmp_path):
+    model = base_of()
+    adapt(model, targets=["transformer.h.1.mlp.dense_h_to_4h"])
+    qlite.save_adapter(model, tmp_path)
+    # As peft writes layers_to_transform=[1]: the list alone would mean every layer of the name.
+    edit(tmp_path, target_modules=["dense_h_to_4h"], layers_to_transform=[1])
+    again = base_of()
+    qlite.load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    qlite.save_adapter(again, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == ["transformer.h.1.mlp.dense_h_to_4h"]
+
+
+@pytest.mark.parametrize("expression", ["(", "(a+)+$", ".*", "nothing", "all-linear", r"(?:.*?(?:layers).*?)"])
+def test_an_expression_from_a_file_is_never_run(expression, tmp_path):
+    model = base_of()
+    adapt(model, targets=["dense"])
+    qlite.save_adapter(model, tmp_path)
+    edit(tmp_path, target_modules=expression)
+    again = base_of()
+    qlite.load_adapter(again, tmp_path)
+    assert set(adapted(again)) == set(adapted(model)) and torch.equal(logits(again), logits(model))
+
+
+# --------------------------------------------------------------------------------------------- over an adapter that is there
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_loading_over_adapters_replaces_them_and_what_is_saved_then_is_the_same(dropout, tmp_path):
+    model, other = base_of(qlite.Linear4bit), base_of(qlite.Linear4bit)
+    adapt(model, alpha=8.0, dropout=dropout)
+    adapt(other, alpha=32.0, dropout=0.1, seed=9)
+    qlite.save_adapter(model, tmp_path / "one")
+    assert qlite.load_adapter(other, tmp_path / "one") is None
+    assert torch.equal(logits(other.eval()), logits(model.eval())) and state_of(other)[:2] == state_of(model)[:2]
+    qlite.save_adapter(other, tmp_path / "other")
+    assert stored_bytes(tmp_path / "other") == stored_bytes(tmp_path / "one")
+
+
+@pytest.mark.parametrize("options", [{"targets": ["dense"]}, {"targets": ["dense", "query_key_value"]}, {"r": 4}], ids=str)
+def test_adapters_of_another_rank_or_on_other_layers_are_not_mixed(options, tmp_path):
+    model, other = base_of(), base_of()
+    adapt(model, **{"targets": ["query_key_value"], **options})
+    qlite.save_adapter(model, tmp_path)
+    adapt(other, targets=["query_key_value"])
+    before = state_of(other)
+    with pytest.raises(ValueError, match="carries adapters on other layers or of another rank; load a fresh base"):
+        qlite.load_adapter(other, tmp_path)
+    assert state_of(other) == before
+
+
+# -------------------------------------------------------------------------------------------------------- of another base
+
+
+def test_an_adapter_of_another_base_is_refused_and_both_are_named(tmp_path):
+    for seed in (0, 1):
+        qlite.save_checkpoint(base_of(seed=seed), tmp_path / f"base-{seed}")
+    model, other = (qlite.load_falcon(tmp_path / f"base-{seed}", quantize=qlite.Linear4bit) for seed in (0, 1))
+    adapt(model)
+    qlite.save_adapter(model, tmp_path / "adapter")
+    before = state_of(other)
+    with pytest.raises(ValueError, match="made for another base") as caught:
+        qlite.load_adapter(other, tmp_path / "adapter")
+    named = (str(tmp_path / "base-0"), str(tmp_path / "base-1"), model.base_fingerprint[:12], other.base_fingerprint[:12])
+    assert all(name in str(caught.value) for name in named)
+    assert state_of(other) == before
+
+
+@kinds
+def test_the_base_of_an_adapter_is_the_same_however_it_is_encoded(kind, tmp_path):
+    qlite.save_checkpoint(base_of(), tmp_path / "base")
+    model = qlite.load_falcon(tmp_path / "base", quantize=qlite.Linear4bit)
+    adapt(model)
+    qlite.save_adapter(model, tmp_path / "adapter")
+    assert read_metadata(tmp_path / "adapter" / TENSORS)[FINGERPRINT] == model.base_fingerprint
+    again = qlite.load_falcon(tmp_path / "base", quantize=kind, dtype=torch.float32)
+    qlite.save_checkpoint(again, tmp_path / "again", max_shard_bytes=20_000)
+    again = qlite.load_falcon(tmp_path / "again")
+    qlite.load_adapter(again, tmp_path / "adapter")
+    assert len(adapted(again)) == 8
+
+
+@pytest.mark.parametrize("forgotten", ["the adapter", "the model"])
+def test_where_one_of_them_has_no_fingerprint_the_shapes_decide(forgotten, tmp_path):
+    model, again = base_of(), base_of()
+    adapt(model)
+    if forgotten == "the model":
+        model.base_fingerprint = "a" * 64
+    else:
+        again.base_fingerprint = "a" * 64
+    qlite.save_adapter(model, tmp_path)
+    qlite.load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+# -------------------------------------------------------------------------------------------------------------- bad input
+
+
+def edit(folder, **changes):
+    """Changes keys of the config; `...` takes one away."""
+    values = json.loads((folder / CONFIG).read_text()) | changes
+    (folder / CONFIG).write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+def edit_tensors(folder, changes):
+    tensors = load_file(folder / TENSORS) | {PREFIX + name: tensor for name, tensor in changes.items()}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / TENSORS)
+
+
+A, B = f"{UP}.lora_A.weight", f"{UP}.lora_B.weight"
+UNSUPPORTED = [
+    ("bias", "all"), ("bias", "lora_only"), ("use_dora", True), ("use_rslora", True), ("lora_bias", True),
+    ("fan_in_fan_out", True), ("use_qalora", True), ("modules_to_save", ["lm_head"]), ("rank_pattern", {"dense": 4}),
+    ("alpha_pattern", {"dense": 4}), ("trainable_token_indices", [1]), ("layer_replication", [[0, 1]]),
+    ("target_parameters", ["mlp.weight"]), ("alora_invocation_tokens", [1, 2]), ("use_bdlora", {"nblocks": 2}),
+    ("arrow_config", {"top_k": 3}), ("kasa_config", {}), ("monteclora_config", {}), ("init_lora_weights", "pissa"),
+    ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"), ("init_lora_weights", "loftq"),
+    ("init_lora_weights", "corda"), ("init_lora_weights", "lora_ga"),
+]  # fmt: skip
+CONFIG_FAULTS = {
+    "another method": ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
+    "no method": ({"peft_type": ...}, "peft_type is None"),
+    "rank 0": ({"r": 0}, "r is 0"),
+    "a negative rank": ({"r": -3}, "r is -3"),
+    "a rank that is text": ({"r": "3"}, "r is '3'; wanted an int"),
+    "a rank that is a float": ({"r": 3.0}, r"r is 3\.0; wanted an int"),
+    "a rank that is a bool": ({"r": True}, "r is True; wanted an int"),
+    "another rank": ({"r": 4}, r"wanted rank 4, as adapter_config\.json says"),
+    "a huge rank": ({"r": 10**9}, "wanted rank 1000000000"),
+    "no rank": ({"r": ...}, "wanted rank 8"),
+    "an alpha that is text": ({"lora_alpha": "16"}, "lora_alpha is '16'; wanted a number"),
+    "an alpha that is a bool": ({"lora_alpha": True}, "lora_alpha is True; wanted a number"),
+    "an alpha that is NaN": ({"lora_alpha": float("nan")}, "alpha is nan"),
+    "an infinite alpha": ({"lora_alpha": float("inf")}, "alpha is inf"),
+    "an alpha beyond floats": ({"lora_alpha": 10**400}, "too large"),
+    "a negative alpha": ({"lora_alpha": -1}, "alpha is -1"),
+    "dropout beyond 1": ({"lora_dropout": 2}, "dropout is 2"),
+    "dropout that is text": ({"lora_dropout": "0"}, "lora_dropout is '0'; wanted a number"),
+    "no targets": ({"target_modules": None}, "target_modules is None"),
+    "an empty list of targets": ({"target_modules": []}, r"target_modules is \[\]"),
+    "targets that are numbers": ({"target_modules": [1]}, r"target_modules is \[1\]"),
+    "targets that are a table": ({"target_modules": {"dense": 1}}, "target_modules is {"),
+}
+TENSOR_FAULTS = {
+    "another rank": ({A: torch.ones(2, 48), B: torch.ones(192, 2)}, r"lora_A\.weight has shape \(2, 48\); wanted rank 3"),
+    "another size in": (
+        {A: torch.ones(3, 47)},
+        rf"made for another base: {UP}\.lora_A is \(3, 47\); this model wants \(3, 48\)",
+    ),
+    "another size out": ({B: torch.ones(191, 3)}, rf"made for another base: {UP}\.lora_B is \(191, 3\)"),
+    "one dimension": ({A: torch.ones(3)}, r"lora_A\.weight has shape \(3,\)"),
+    "no A": ({A: None}, rf"wanted rank 3, as adapter_config\.json says, and base_model\.model\.{A} too"),
+    "no B": ({B: None}, rf"and base_model\.model\.{B} too"),
+    "a layer that is not there": (
+        {"transformer.h.7.mlp.lora_A.weight": torch.ones(3, 48), "transformer.h.7.mlp.lora_B.weight": torch.ones(48, 3)},
+        r"made for another base: this model has no linear layer transformer\.h\.7\.mlp",
+    ),
+    "a layer that is not linear": (
+        {"transformer.ln_f.lora_A.weight": torch.ones(3, 48), "transformer.ln_f.lora_B.weight": torch.ones(48, 3)},
+        r"this model has no linear layer transformer\.ln_f",
+    ),
+    "the model itself": ({"lora_A.weight": torch.ones(3, 48), "lora_B.weight": torch.ones(48, 3)}, r"wanted rank 3.* too"),
+    "not finite": ({A: torch.full((3, 48), float("nan"))}, r"lora_A\.weight holds a non-finite value"),
+    "infinite": ({B: torch.full((192, 3), float("inf"))}, r"lora_B\.weight holds a non-finite value"),
+    "integers": ({A: torch.ones(3, 48).int()}, r"lora_A\.weight is I32; wanted a float"),
+    "a magnitude of DoRA": ({f"{UP}.lora_magnitude_vector": torch.ones(192)}, "lora_magnitude_vector is not a LoRA weight"),
+    "a bias of B": ({f"{UP}.lora_B.bias": torch.ones(192)}, r"lora_B\.bias is not a LoRA weight"),
+    "an embedding": ({"transformer.word_embeddings.lora_embedding_A": torch.ones(3, 61)}, "is not a LoRA weight"),
+    "a dense head": ({"lm_head.weight": torch.ones(61, 48)}, r"lm_head\.weight is not a LoRA weight"),
+}
+FAULTS = {
+    **{f"{key}: {value}": (functools.partial(edit, **{key: value}), f"{key} is ") for key, value in UNSUPPORTED},
+    **{name: (functools.partial(edit, **changes), words) for name, (changes, words) in CONFIG_FAULTS.items()},
+    **{name: (lambda f, c=changes: edit_tensors(f, c), words) for name, (changes, words) in TENSOR_FAULTS.items()},
+    "another layout": (
+        lambda f: save_file({n.removeprefix(PREFIX): t for n, t in load_file(f / TENSORS).items()}, f / TENSORS),
+        "is not a LoRA weight in PEFT's layout",
+    ),
+    "no tensors": (lambda f: save_file({}, f / TENSORS), "holds no tensors"),
+    "short": (lambda f: os.truncate(f / TENSORS, 3000), "truncated"),
+    "no JSON": (lambda f: (f / CONFIG).write_text("{"), "not JSON"),
+    "a key twice": (lambda f: (f / CONFIG).write_text('{"r": 3, "r": 3}'), "'r' stands twice"),
+}
+
+
+@pytest.mark.parametrize("carries", [False, True], ids=["fresh base", "with adapters"])
+@pytest.mark.parametrize(("damage", "words"), FAULTS.values(), ids=FAULTS)
+def test_what_is_damaged_or_not_supported_is_refused_by_name_and_the_model_is_as_it_was(damage, words, carries, tmp_path):
+    model, other = base_of(), base_of()
+    adapt(model)
+    qlite.save_adapter(model, tmp_path)
+    damage(tmp_path)
+    if carries:
+        adapt(other, seed=9)
+    before = state_of(other)
+    with pytest.raises(ValueError, match=words) as caught:
+        qlite.load_adapter(other, tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert state_of(other) == before
+
+
+@pytest.mark.parametrize("missing", [CONFIG, TENSORS])
+def test_a_missing_file_is_not_found(missing, tmp_path):
+    model = base_of()
+    adapt(model)
+    qlite.save_adapter(model, tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        qlite.load_adapter(base_of(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "init_lora_weights": "gaussian"},
+        {"use_rslora": None, "layer_replication": None, "target_parameters": [], "init_lora_weights": False},
+        {"auto_mapping": None, "peft_version": "0.21.2", "revision": "main", "megatron_core": "megatron.core", "unheard": 1},
+        {"bias": ..., "lora_dropout": ..., "task_type": ..., "base_model_name_or_path": ...},
+    ],
+)
+def test_options_that_change_no_number_are_no_reason_to_refuse(values, tmp_path):
+    model, again = base_of(), base_of()
+    adapt(model)
+    qlite.save_adapter(model, tmp_path)
+    edit(tmp_path, **values)
+    qlite.load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+json_values = st.none() | st.booleans() | st.integers(-(2**80), 2**80) | st.integers(-2, 9) | st.floats() | st.text(max_size=5)
+json_values |= st.lists(json_values, max_size=2) | st.dictionaries(st.text(max_size=5), json_values, max_size=2)
+keys = st.sampled_from(("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path"))
+keys |= st.sampled_from(sorted(adapters.REQUIRED))
+
+
+@given(st.dictionaries(keys, json_values, min_size=1, max_size=2))
+def test_whatever_a_config_says_the_answer_is_an_adapter_or_a_value_error(changes):
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapt(model)
+    with tempfile.TemporaryDirectory() as name:
+        folder = qlite.save_adapter(model, name)
+        edit(folder, **changes)
+        again = nn.Sequential(nn.Linear(4, 4))
+        try:
+            qlite.load_adapter(again, folder)
+        except ValueError as error:
+            assert str(folder) in str(error) and not adapted(again)
+        else:
+            assert torch.equal(again[0].lora_B, model[0].lora_B)
+
+
+def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
+    model, again = base_of(), base_of()
+    adapt(model)
+    qlite.save_adapter(model, tmp_path)
+    asked = []
+    download = lambda repo_id, *, revision, **patterns: asked.append((repo_id, revision)) or str(tmp_path)  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    qlite.load_adapter(again, "me/faq", revision="v1")
+    assert asked == [("me/faq", "v1")] and torch.equal(logits(again), logits(model))
+
+
+# ---------------------------------------------------------------------------------------------------------------- merging
+
+
+def layer_of(kind, dtype, in_features=64, out_features=32):
+    generator = torch.Generator().manual_seed(4)
+    dense = nn.Linear(in_features, out_features, dtype=dtype)
+    dense.weight.data = torch.randn(out_features, in_features, generator=generator).to(dtype)
+    dense.bias.data = torch.randn(out_features, generator=generator).to(dtype)
+    model = nn.Sequential(dense)
+    if kind is not None:
+        qlite.quantize_model(model, kind)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(
+    kind=st.sampled_from(list(KINDS)), r=st.integers(1, 6), alpha=st.floats(0.1, 64), sizes=st.tuples(*[st.integers(1, 70)] * 2)
+)
+def test_a_merged_weight_is_the_sum_rounded_once(dtype, kind, r, alpha, sizes):
+    model = layer_of(KINDS[kind], dtype, *sizes)
+    adapt(model, r=r, alpha=alpha)
+    layer = model[0]
+    dense = layer.base.weight if kind == "dense" else layer.base.dequantize()
+    a, b = layer.lora_A.double(), layer.lora_B.double()
+    exact = dense.double() + layer.scaling * b @ a
+    merged = qlite.merge_adapter(model)[0]
+    # The product of r terms and the scale round r + 1 times and the sum once, all in float32, relative to the magnitudes
+    # that are added; then the result once, to its dtype. Below the smallest normal number a step is the smallest subnormal.
+    terms = (r + 3) * 2**-24 * (dense.double().abs() + layer.scaling * b.abs() @ a.abs())
+    last = torch.finfo(dtype).eps / 2 * (exact.abs() + terms) + torch.finfo(dtype).smallest_normal
+    assert bool(((merged.weight.double() - exact).abs() <= terms + last).all())
+    assert merged.weight.dtype == dtype
+
+
+@kinds
+@pytest.mark.parametrize("flavour", ["7b", "rw"])
+def test_a_merged_model_says_what_the_adapted_one_says(kind, flavour, tmp_path):
+    model = base_of(kind, flavour)
+    adapt(model)
+    before = logits(model)
+    merged = qlite.merge_adapter(model)
+    assert merged is model and not adapted(model)
+    # Two models of float32 weights that differ by a rounding, through two blocks: 2^-24 times the sums of a few hundred
+    # terms in six matrix products each.
+    assert (logits(model) - before).norm() <= 2**-18 * before.norm()
+    qlite.save_checkpoint(model, tmp_path / "merged")
+    assert torch.equal(logits(qlite.load_falcon(tmp_path / "merged", dtype=torch.float32)), logits(model))
+
+
+def test_merging_leaves_plain_frozen_linears_with_their_biases_and_the_other_layers_encoded():
+    model = base_of(qlite.Linear4bit, "rw")
+    adapt(model, targets=["dense"])
+    others = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    biases = {name: module.base.bias for name, module in adapted(model).items()}
+    before = {name: module.weight.clone() for name, module in others.items()}
+    qlite.merge_adapter(model)
+    for name, bias in biases.items():
+        layer = model.get_submodule(name)
+        assert type(layer) is nn.Linear and layer.bias is bias and not layer.weight.requires_grad
+        assert (layer.in_features, layer.out_features) == (48, 48) and not layer.training
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            assert module is others[name] and torch.equal(module.weight, before[name])
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 6
+
+
+def test_a_merged_model_takes_new_adapters_and_is_another_base(tmp_path):
+    qlite.save_checkpoint(base_of(), tmp_path / "base")
+    model = qlite.load_falcon(tmp_path / "base", quantize=qlite.Linear4bit)
+    old = model.base_fingerprint
+    adapt(model, targets=["dense"])
+    qlite.merge_adapter(model)
+    assert not hasattr(model, "lora_config")
+    qlite.save_checkpoint(model, tmp_path / "merged")
+    merged = qlite.load_falcon(tmp_path / "merged")
+    assert merged.base_fingerprint != old
+    adapt(model, seed=9)
+    qlite.save_adapter(model, tmp_path / "adapter")
+    assert FINGERPRINT not in read_metadata(tmp_path / "adapter" / TENSORS)
+    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["base_model_name_or_path"] is None
+    qlite.load_adapter(merged, tmp_path / "adapter")
+    assert torch.equal(logits(merged), logits(model))
+
+
+def test_there_must_be_something_to_merge():
+    with pytest.raises(ValueError, match="Sequential has no adapters"):
+        qlite.merge_adapter(nn.Sequential(nn.Linear(4, 4)))
+
+
+class Foreign(nn.Module):
+    """Looks like a linear layer, and keeps its weight in a way that nobody here knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features, self.kept = 4, 4, nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * self.kept
+
+
+def test_an_adapter_on_a_layer_that_cannot_be_merged_is_an_error_and_nothing_is_merged():
+    model = nn.Sequential(nn.Linear(4, 4), Foreign())
+    adapt(model)
+    before = model(torch.ones(1, 4))
+    with pytest.raises(TypeError, match="1 adapts a Foreign; wanted a linear layer"):
+        qlite.merge_adapter(model)
+    assert len(adapted(model)) == 2 and torch.equal(model(torch.ones(1, 4)), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that notes what it is told and holds the files of `has`. Nothing leaves the machine."""
+
+    class Hub:
+        has: tuple[str, ...] = ()
+        token = created = repository = files = None
+
+        def __call__(self, token=None):
+            self.token = token
+            return self
+
+        def create_repo(self, repo_id, **options):
+            self.created = (repo_id, options)
+
+        def file_exists(self, repo_id, filename):
+            return filename in self.has
+
+        def create_commit(self, repo_id, operations, **options):
+            self.repository = repo_id
+            self.files = {}
+            for operation in operations:
+                with operation.as_file() as file:
+                    self.files[operation.path_in_repo] = file.read()
+            return types.SimpleNamespace(commit_url="https://hub/commit/1")
+
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    return hub
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = base_of()
+    adapt(model)
+    model.base_id = "tiiuae/falcon-7b"
+    return qlite.save_adapter(model, tmp_path / "faq-lora")
+
+
+def test_three_files_are_pushed_to_a_private_repository_and_nothing_else(folder, hub):
+    for name in (".env", "optimizer.pt", "state.safetensors", f".{TENSORS}.tmp"):
+        (folder / name).write_text("secret")
+    before = stored_bytes(folder)
+    assert qlite.push_adapter(folder, "me/faq", token="t") == "https://hub/commit/1"
+    assert hub.created == ("me/faq", {"private": True, "exist_ok": True}) and hub.repository == "me/faq" and hub.token == "t"
+    assert set(hub.files) == {CONFIG, TENSORS, CARD}
+    assert {name: hub.files[name] for name in (CONFIG, TENSORS)} == {name: before[name] for name in (CONFIG, TENSORS)}
+    assert stored_bytes(folder) == before
+
+
+def test_a_repository_can_be_public_when_that_is_asked_for(folder, hub):
+    qlite.push_adapter(folder, "me/faq", private=False)
+    assert hub.created[1]["private"] is False and hub.token is None
+
+
+def test_a_card_of_ones_own_is_pushed_as_it_is(folder, hub):
+    (folder / CARD).write_text("# mine")
+    qlite.push_adapter(folder, "me/faq")
+    assert hub.files[CARD] == b"# mine"
+
+
+def test_a_card_that_the_repository_has_is_not_overwritten(folder, hub):
+    hub.has = (CARD,)
+    qlite.push_adapter(folder, "me/faq")
+    assert set(hub.files) == {CONFIG, TENSORS} and not (folder / CARD).exists()
+
+
+def test_the_card_names_the_base_and_what_the_adapter_is(folder, hub):
+    qlite.push_adapter(folder, "me/faq")
+    card = ModelCard(hub.files[CARD].decode())
+    assert card.data.base_model == "tiiuae/falcon-7b" and card.data.library_name == "peft"
+    assert set(card.data.tags) == {"lora", "qlora", "qlite"}
+    assert "r=3, alpha=8.0, on dense, dense_4h_to_h, dense_h_to_4h, query_key_value." in card.text
+
+
+@pytest.mark.parametrize("base", [None, "/home/me/falcon", "falcon", "a/b/c", "./falcon/7b", ["a/b"], "tests/falcons"])
+def test_a_base_that_is_no_hub_id_is_not_claimed_to_be_one(base, folder, hub, monkeypatch):
+    # The hub refuses a card whose base_model is not of the form of an id.
+    (folder / "tests" / "falcons").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    edit(folder, base_model_name_or_path=base)
+    qlite.push_adapter(folder, "me/faq")
+    assert ModelCard(hub.files[CARD].decode()).data.base_model is None
+
+
+def test_a_card_can_be_made_from_the_little_that_peft_needs(folder, hub):
+    model = base_of()
+    adapt(model, r=8)
+    qlite.save_adapter(model, folder)
+    (folder / CONFIG).write_text('{"peft_type": "LORA", "target_modules": ".*dense"}')
+    qlite.push_adapter(folder, "me/faq")
+    assert "a base that its config does not name: r=8, alpha=8, on .*dense." in hub.files[CARD].decode()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: os.truncate(f / TENSORS, 3000),
+        lambda f: (f / TENSORS).write_bytes(b""),
+        lambda f: edit_tensors(f, {A: None}),
+        lambda f: edit_tensors(f, {B: torch.full((192, 3), float("nan"))}),
+        lambda f: edit(f, r=4),
+        lambda f: edit(f, use_dora=True),
+        lambda f: (f / CONFIG).write_text("{"),
+    ],
+    ids=["short", "empty", "half", "not finite", "another rank", "not supported", "no JSON"],
+)
+def test_nothing_is_pushed_of_a_damaged_folder(damage, folder, hub):
+    damage(folder)
+    with pytest.raises(ValueError):
+        qlite.push_adapter(folder, "me/faq")
+    assert hub.created is None and hub.files is None
+
+
+@pytest.mark.parametrize("missing", [CONFIG, TENSORS])
+def test_nothing_is_pushed_of_half_a_folder(missing, folder, hub):
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        qlite.push_adapter(folder, "me/faq")
+    assert hub.created is None and hub.files is None

@@ -1,0 +1,224 @@
+"""The command line: the demo keeps its promise, the three verbs work together, bad input ends in one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import qlite
+from qlite import cli
+from qlite.data import ASSETS, encode_prompt, read_faq
+
+BASE = ASSETS / "tiny-falcon"
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="module")
+def faq(tmp_path_factory) -> pathlib.Path:
+    """Three of the demo's questions, in a file of their own."""
+    path = tmp_path_factory.mktemp("data") / "faq.json"
+    pairs = read_faq(ASSETS / "faq.json")[:3]
+    path.write_text(json.dumps({"questions": [{"question": q, "answer": a} for q, a in pairs]}), encoding="utf-8")
+    return path
+
+
+def run(arguments: list[str], cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "qlite", *arguments], cwd=cwd, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """The demo on its defaults, as `make demo` runs it, in an empty folder: the folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = run(["finetune", "--no-progress"], folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def exact(text: str, when: str) -> tuple[int, int, int, int]:
+    """(right, asked) of the trained questions and of those in other words, from the demo's line."""
+    found = re.search(rf"exact match, {when}: trained questions (\d+)/(\d+) .*, asked in other words (\d+)/(\d+)", text)
+    assert found is not None, text
+    trained, trained_of, other, other_of = map(int, found.groups())
+    return trained, trained_of, other, other_of
+
+
+def test_the_demo_learns_the_faq_and_something_of_its_paraphrases(demo):
+    before, after = exact(demo[1], "before"), exact(demo[1], "after")
+    assert before == (0, 82, 0, 22)
+    # Measured: 82 of 82 and 8 of 22. Sums in another order may flip an answer or two, so the bounds leave room.
+    assert after[0] >= 80 and after[2] >= 3
+
+
+def test_the_demo_answers_its_question_right_after_and_not_before(demo):
+    answer = dict(read_faq(ASSETS / "faq.json"))["How can I create an account?"]
+    before, after = demo[1].split("after: How can I create an account?")
+    assert answer in after and answer not in before
+
+
+def test_the_demo_says_that_a_fresh_process_gives_the_same_tokens(demo):
+    assert "reloaded in a fresh process: the same answers, token for token" in demo[1]
+
+
+def test_the_demo_leaves_an_adapter_a_loss_curve_and_metrics(demo):
+    output = demo[0] / "runs" / "faq"
+    assert {path.name for path in output.iterdir()} == {"adapter", "loss.png", "metrics.jsonl"}
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 177))  # 16 epochs of 11 batches
+    assert rows[-1]["loss"] < rows[0]["loss"] / 10
+
+
+def test_the_adapter_of_the_demo_gives_the_same_answer_through_the_public_functions(demo):
+    model = qlite.load_falcon(BASE, quantize=qlite.Linear4bit, dtype=torch.float32)
+    qlite.load_adapter(model, demo[0] / "runs" / "faq" / "adapter")
+    tokenizer = qlite.load_tokenizer(BASE)
+    question, answer = read_faq(ASSETS / "faq.json")[0]
+    tokens = qlite.generate(model, encode_prompt(tokenizer, question))
+    assert tokenizer.decode(tokens).strip() == answer
+
+
+def test_a_second_demo_writes_beside_the_first(demo, monkeypatch):
+    monkeypatch.chdir(demo[0])
+    options = argparse.Namespace(output=None, resume=False)
+    assert cli._output(options) == pathlib.Path("runs/faq-2")
+
+
+def short(faq: pathlib.Path, output: pathlib.Path, *more: str) -> list[str]:
+    return [
+        "finetune", "--data", str(faq), "--output", str(output), "--no-progress", "--device", "cpu",
+        "--batch-size", "1", "--accumulate", "2", "--r", "2", "--dropout", "0.1", *more,
+    ]  # fmt: skip
+
+
+def test_a_resumed_run_leaves_the_adapter_of_one_that_never_stopped(faq, tmp_path, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli.main(short(faq, whole, "--steps", "4", "--save-every", "2")) == 0
+    write = qlite.finetune
+
+    class Stopped(ValueError):
+        pass
+
+    def stopping(*arguments, **options):
+        from qlite import resume
+
+        save = resume.save
+
+        def save_and_stop(*args, **kwargs):
+            save(*args, **kwargs)
+            raise Stopped("switched off")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(resume, "save", save_and_stop)
+            return write(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(qlite, "finetune", stopping)
+        assert cli.main(short(faq, parts, "--steps", "4", "--save-every", "2")) == 2
+    assert not (parts / "adapter").exists() and (parts / "checkpoint-000002").is_dir()
+    assert cli.main(short(faq, parts, "--steps", "4", "--save-every", "2", "--resume")) == 0
+    name = "adapter/adapter_model.safetensors"
+    assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    assert "switched off" in capsys.readouterr().err
+
+
+def test_the_tutorial_recipe_adapts_query_key_value_alone(faq, tmp_path, capsys):
+    assert cli.main(short(faq, tmp_path / "run", "--recipe", "tutorial", "--steps", "1", "--optimizer", "adamw")) == 0
+    said = capsys.readouterr().out
+    assert "LoRA on 8 layers" in said and "paged" not in said
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["query_key_value"] and config["lora_alpha"] == 32.0
+
+
+def test_a_quantized_checkpoint_answers_as_the_model_it_was_made_from(tmp_path, capsys):
+    question = "Where is my parcel?"
+    assert cli.main(["quantize", "--output", str(tmp_path / "nf4"), "--dtype", "float32"]) == 0
+    assert "wrote" in capsys.readouterr().out
+    assert cli.main(["generate", question, "--tokens", "--dtype", "float32"]) == 0
+    direct = capsys.readouterr().out
+    assert cli.main(["generate", question, "--tokens", "--dtype", "float32", "--base", str(tmp_path / "nf4")]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == direct and "32 encoded linear layers" in captured.err
+
+
+@pytest.mark.parametrize("kind", ["fp4", "int8", "none"])
+def test_the_format_of_the_linears_is_the_one_asked_for(kind, capsys):
+    assert cli.main(["generate", "Hello?", "--quantize", kind, "--max-new-tokens", "2"]) == 0
+    encoded = 0 if kind == "none" else 32
+    assert f"loaded {encoded} encoded linear layers" in capsys.readouterr().err
+
+
+def test_a_file_of_questions_is_answered_line_by_line(faq, capsys):
+    assert cli.main(["generate", "--questions", str(faq), "--tokens", "--max-new-tokens", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all(0 < len(json.loads(line)) <= 3 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate"], "give one question, or --questions"),
+        (["generate", "a", "--questions", "b.json"], "give one question, or --questions"),
+        (["generate", "a", "--base", "/nowhere"], "/nowhere is neither a folder nor a hub id"),
+        (["generate", "a", "--adapter", "/nowhere"], "/nowhere is neither a folder nor a hub id"),
+        (["generate", "a", "--top-k", "5"], "set a temperature above 0"),
+        (["finetune", "--data", "none.json"], "none.json: no such file"),
+        (["finetune", "--targets", "query_key_vaule"], "close names: query_key_value"),
+        (["finetune", "--r", "0"], "r is 0"),
+        (["finetune", "--resume"], "--resume needs the --output"),
+        (["finetune", "--base", "."], "has no config.json"),
+        (["quantize", "--output", "taken"], "taken holds something already"),
+        (["finetune", "--output", "taken"], "taken holds something already"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "work").write_text("of a week")
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    last = said.err.strip().splitlines()[-1]
+    assert last.startswith(f"qlite {arguments[0]}: ") and words in last
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "work"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
+@pytest.mark.parametrize("verb", [["finetune"], ["generate", "a"], ["quantize", "--output", "out"]])
+def test_a_gpu_that_is_not_there_is_an_error_and_not_the_cpu(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*verb, "--device", "cuda"]) == 2
+    assert "this machine has 0 CUDA GPUs" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def flags(verb: str) -> list[argparse.Action]:
+    verbs = next(action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return [action for action in verbs.choices[verb]._actions if not isinstance(action, argparse._HelpAction)]
+
+
+@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize"])
+def test_every_flag_is_in_the_help_with_its_default(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([verb, "--help"])
+    assert stopped.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for action in flags(verb):
+        assert action.help
+        name = max(action.option_strings, key=len, default=action.dest)
+        assert name in said
+        if action.option_strings and action.nargs != 0 and not action.required:
+            assert f"(default: {action.default})" in said, name
+
+
+@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize"])
+def test_no_flag_is_parsed_and_then_ignored(verb):
+    source = pathlib.Path(cli.__file__).read_text(encoding="utf-8")
+    for action in flags(verb):
+        assert f"options.{action.dest}" in source or f'"{action.dest}"' in source, action.dest
