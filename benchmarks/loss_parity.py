@@ -9,6 +9,8 @@ answer token over the whole FAQ after the last step, without dropout. Exit statu
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
 import qlite
@@ -44,9 +46,11 @@ def run(quantize: type[qlite.Linear4bit] | None) -> dict[str, float]:
 
 def main() -> None:
     """Runs both, records a row, and fails where they part."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     dense, nf4 = run(None), run(qlite.Linear4bit)
     difference = nf4["after"] / dense["after"] - 1
-    row = {f"{name}_{key}": round(value, 4) for name, losses in (("dense", dense), ("nf4", nf4)) for key, value in losses.items()}
+    runs = {"dense": dense, "nf4": nf4}
+    row = {f"{name}_{key}": round(value, 4) for name, losses in runs.items() for key, value in losses.items()}
     record("loss_parity", {"steps": STEPS, **row, "difference": round(difference, 4)})
     if abs(difference) > ALLOWED:
         raise SystemExit(f"the final losses differ by {difference:.1%}; at most {ALLOWED:.0%} is allowed")

@@ -227,7 +227,7 @@ def load_checkpoint(
     for name in sorted(plan, key=lambda name: (stored[name].file, stored[name].start)):
         target = plan[name]
         owner, attribute = target.owner, target.attribute
-        tensor = read_tensor(stored[name]).to(device)
+        tensor = read_tensor(stored[name], device=device)
         scale = isinstance(owner, QuantizedLinear) and attribute not in ("weight", "bias")
         if tensor.is_floating_point():
             _check_finite(name, tensor, tensor.dtype if scale or dtype is None else dtype, str(folder))

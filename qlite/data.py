@@ -94,7 +94,9 @@ def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
 
 def encode_answer(tokenizer: Tokenizer, answer: str) -> list[int]:
     """Returns the ids of an answer as the model should give it: a space, the text, the end-of-text token."""
-    return [*_encode(tokenizer, " " + answer.strip()), tokenizer.token_to_id(END_OF_TEXT)]
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    assert end is not None  # load_tokenizer sees to that
+    return [*_encode(tokenizer, " " + answer.strip()), end]
 
 
 def _parse(text: str, where: str) -> Any:

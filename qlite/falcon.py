@@ -77,7 +77,7 @@ class FalconConfig:
             least = 0 if field.name.endswith("_id") else 1
             if wanted.startswith("int") and value is not None and value < least:
                 raise ValueError(f"FalconConfig: {field.name} is {value}; wanted at least {least}")
-            if wanted == "float" and not (math.isfinite(value) and value > 0):
+            if isinstance(value, (int, float)) and wanted == "float" and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"FalconConfig: {field.name} is {value}; wanted a finite number above 0")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

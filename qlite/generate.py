@@ -9,13 +9,14 @@ Not done here: beam search, speculative decoding, captured graphs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qlite.falcon import KVCache
+from qlite.falcon import Falcon, FalconConfig, KVCache
 
 _FROM_CONFIG: Any = object()
 
@@ -43,43 +44,62 @@ def _restricted(logits: Tensor, top_k: int | None, top_p: float | None) -> Tenso
     return logits
 
 
-def _check(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, options: dict[str, Any]) -> None:
-    vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings  # type: ignore[union-attr]
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """How the next token is chosen: the options of `generate`, and the draw."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"generate: temperature is {self.temperature}; wanted 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"generate: top_k is {self.top_k}; wanted at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"generate: top_p is {self.top_p}; wanted 0 < top_p <= 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"generate: repetition_penalty is {self.repetition_penalty}; wanted a number above 0")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise ValueError("generate: top_k and top_p choose among samples; set a temperature above 0")
+
+    def draw(self, logits: Tensor, seen: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns the chosen tokens, int64 (B,), from float32 logits (B, V) and the tokens so far, bool (B, V)."""
+        logits = _penalised(logits, seen, self.repetition_penalty)
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        # Relative to the likeliest, whose quotient is 0 and never infinite; 1e-38 is about float32's smallest.
+        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(self.temperature, 1e-38)
+        shares = _restricted(scaled, self.top_k, self.top_p).softmax(dim=-1)
+        return torch.multinomial(shares, 1, generator=generator)[:, 0]
+
+
+def _check(config: FalconConfig, prompts: list[list[int]], max_new_tokens: int) -> None:
     if not prompts:
         raise ValueError("generate: prompts is empty; wanted token ids, or a list of lists of them")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"generate: prompt {row} is empty; it needs at least one token")
         for token in prompt:
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"generate: prompt {row} has token {token}; the vocabulary is 0..{vocabulary - 1}")
-    longest = max(len(prompt) for prompt in prompts)
+            if not isinstance(token, int) or not 0 <= token < config.vocab_size:
+                raise ValueError(f"generate: prompt {row} has token {token!r}; the vocabulary is 0..{config.vocab_size - 1}")
+    longest, context = max(len(prompt) for prompt in prompts), config.max_position_embeddings
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens is {max_new_tokens}; wanted at least 1")
     if longest + max_new_tokens > context:
         raise ValueError(
             f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {context}"
         )
-    temperature, top_k, top_p = options["temperature"], options["top_k"], options["top_p"]
-    if not temperature >= 0 or temperature == float("inf"):
-        raise ValueError(f"generate: temperature is {temperature}; wanted 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k is {top_k}; wanted at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p is {top_p}; wanted 0 < top_p <= 1")
-    if not 0 < options["repetition_penalty"] < float("inf"):
-        raise ValueError(f"generate: repetition_penalty is {options['repetition_penalty']}; wanted a number above 0")
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        raise ValueError("generate: top_k and top_p choose among samples; set a temperature above 0")
 
 
 @overload
-def generate(model: nn.Module, prompts: Sequence[int], **options: Any) -> list[int]: ...
+def generate(model: Falcon, prompts: Sequence[int], **options: Any) -> list[int]: ...
 @overload
-def generate(model: nn.Module, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]: ...
-@torch.inference_mode()
-def generate(
-    model: nn.Module,
+def generate(model: Falcon, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]: ...
+def generate(  # pyright: ignore[reportInconsistentOverload]  # the overloads leave the options to it
+    model: Falcon,
     prompts: Any,
     *,
     max_new_tokens: int = 64,
@@ -105,64 +125,71 @@ def generate(
         on_token: called as on_token(row, token) for each new token, as it comes.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, more tokens than the context holds, or an option out
-            of its range.
+        TypeError: prompts is no list. ValueError: an empty prompt, a token outside the vocabulary, more tokens than the
+            context holds, or an option out of its range.
 
     Example:
         >>> config = qlite.FalconConfig(vocab_size=50, hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
         >>> len(qlite.generate(qlite.Falcon(config), [1, 2, 3], max_new_tokens=4, eos_token_id=None))
         4
     """
-    single = bool(prompts) and isinstance(prompts[0], int)
+    if not isinstance(prompts, (list, tuple)):
+        raise TypeError(f"generate: prompts is {type(prompts).__name__}; wanted a list of token ids, or a list of such lists")
+    single = bool(prompts) and not isinstance(prompts[0], (list, tuple))
     rows = [list(prompts)] if single else [list(prompt) for prompt in prompts]
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
-    _check(model, rows, max_new_tokens, options)
+    choice = _Choice(temperature, top_k, top_p, repetition_penalty)
+    _check(model.config, rows, max_new_tokens)
     if eos_token_id is _FROM_CONFIG:
-        eos_token_id = model.config.eos_token_id  # type: ignore[union-attr]
-    embedding = model.transformer.word_embeddings.weight  # type: ignore[union-attr]
-    device, batch = embedding.device, len(rows)
-    longest = max(len(row) for row in rows)
-    ids = torch.zeros(batch, longest, dtype=torch.int64)
-    mask = torch.zeros(batch, longest + max_new_tokens, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.tensor(row)
-        mask[i, longest - len(row) :] = True
-    ids, mask = ids.to(device), mask.to(device)
-    padded = any(len(row) != longest for row in rows)
-    seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool, device=device)  # type: ignore[union-attr]
-    if repetition_penalty != 1.0:
-        for i, row in enumerate(rows):
-            seen[i, row] = True
-    generator = torch.Generator(device).manual_seed(seed)
-    cache = KVCache(model.config, batch, longest + max_new_tokens, device=device, dtype=embedding.dtype)  # type: ignore
-    answers: list[list[int]] = [[] for _ in rows]
-    running = [True] * batch
+        eos_token_id = model.config.eos_token_id
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for _ in range(max_new_tokens):
-            visible = mask[:, : cache.length + ids.shape[1]] if padded else None
-            hidden = model.hidden_states(ids, attention_mask=visible, cache=cache)[:, -1]  # type: ignore[operator]
-            logits = _penalised(model.lm_head(hidden).float(), seen, repetition_penalty)  # type: ignore[operator]
-            if temperature == 0:
-                chosen = logits.argmax(dim=-1)
-            else:
-                # Relative to the likeliest, whose quotient is 0 and never infinite; 1e-38 is about float32's smallest.
-                scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-38)
-                shares = _restricted(scaled, top_k, top_p).softmax(dim=-1)
-                chosen = torch.multinomial(shares, 1, generator=generator)[:, 0]
-            if repetition_penalty != 1.0:
-                seen.scatter_(1, chosen[:, None], True)
-            for i, token in enumerate(chosen.tolist()):
-                running[i] = running[i] and token != eos_token_id
-                if running[i]:
-                    answers[i].append(token)
-                    if on_token is not None:
-                        on_token(i, token)
-            if not any(running):
-                break
-            ids = chosen[:, None]
+        answers = _answers(model, rows, max_new_tokens, choice, eos_token_id, seed, on_token)
     finally:
         for module, training in modes:
             module.training = training
     return answers[0] if single else answers
+
+
+@torch.inference_mode()
+def _answers(
+    model: Falcon,
+    rows: list[list[int]],
+    max_new_tokens: int,
+    choice: _Choice,
+    eos_token_id: int | None,
+    seed: int,
+    on_token: Callable[[int, int], None] | None,
+) -> list[list[int]]:
+    """Returns the new tokens of each row."""
+    embedding = model.transformer.word_embeddings.weight
+    device, batch = embedding.device, len(rows)
+    longest = max(len(row) for row in rows)
+    ids = torch.zeros(batch, longest, dtype=torch.int64)
+    mask = torch.zeros(batch, longest + max_new_tokens, dtype=torch.bool)
+    seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.tensor(row)
+        mask[i, longest - len(row) :] = True
+        seen[i, row] = True
+    ids, mask, seen = ids.to(device), mask.to(device), seen.to(device)
+    padded = any(len(row) != longest for row in rows)
+    generator = torch.Generator(device).manual_seed(seed)
+    cache = KVCache(model.config, batch, longest + max_new_tokens, device=device, dtype=embedding.dtype)
+    answers: list[list[int]] = [[] for _ in rows]
+    running = [True] * batch
+    for _ in range(max_new_tokens):
+        visible = mask[:, : cache.length + ids.shape[1]] if padded else None
+        hidden = model.hidden_states(ids, attention_mask=visible, cache=cache)[:, -1]
+        chosen = choice.draw(model.lm_head(hidden).float(), seen, generator)
+        seen.scatter_(1, chosen[:, None], True)
+        for i, token in enumerate(chosen.tolist()):
+            running[i] = running[i] and token != eos_token_id
+            if running[i]:
+                answers[i].append(token)
+                if on_token is not None:
+                    on_token(i, token)
+        if not any(running):
+            break
+        ids = chosen[:, None]
+    return answers

@@ -218,6 +218,7 @@ class Linear8bit(QuantizedLinear):
         """Encodes `dense` (out_features, in_features) on its device into this module; see QuantizedLinear."""
         self._check_dense(dense)
         encoded = ops.quantize_int8(dense)
+        assert encoded.absmax is not None  # it is None for zero-point codes alone
         self.weight = nn.Parameter(encoded.codes, requires_grad=False)
         self.absmax = encoded.absmax
         return self

@@ -144,12 +144,13 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _count_parameters(model: nn.Module) -> int:
     """Returns the number of logical parameters: an encoded linear counts out * in, and its scales count nothing."""
-    total, seen = 0, set()
+    total: int = 0
+    seen: set[int] = set()
     for module in model.modules():
         weight = getattr(module, "weight", None)
         encoded = _is_linear(module) and isinstance(weight, Tensor) and not weight.is_floating_point()
         if encoded:
-            total += module.in_features * module.out_features  # type: ignore[operator]
+            total += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen and not (encoded and not parameter.is_floating_point()):
                 total += parameter.numel()

@@ -24,6 +24,7 @@ from torch import Tensor
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**FLOATS, "U8": torch.uint8, "I8": torch.int8}
 LARGEST_HEADER = 16 * 2**20  # bytes, of a header or a JSON file; Falcon-180B's header is under 100 kB
+PIECE = 32 * 2**20  # bytes that go to a GPU at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +161,8 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def read_bytes(stored: StoredTensor, start: int, size: int) -> Tensor:
-    """Returns `size` bytes of a stored tensor from its byte `start` on, uint8 on the CPU."""
-    buffer = torch.empty(size, dtype=torch.uint8)
+def _read_into(buffer: Tensor, stored: StoredTensor, start: int) -> Tensor:
+    """Returns the buffer, uint8 in host memory, filled with the bytes of a stored tensor from its byte `start` on."""
     rest = memoryview(buffer.numpy())  # type: ignore[arg-type]
     with stored.file.open("rb", buffering=0) as file:
         file.seek(stored.start + start)
@@ -174,13 +174,27 @@ def read_bytes(stored: StoredTensor, start: int, size: int) -> Tensor:
     return buffer
 
 
-def read_tensor(stored: StoredTensor) -> Tensor:
-    """Returns a stored tensor on the CPU, read and not mapped.
+def read_bytes(stored: StoredTensor, start: int, size: int) -> Tensor:
+    """Returns `size` bytes of a stored tensor from its byte `start` on, uint8 on the CPU."""
+    return _read_into(torch.empty(size, dtype=torch.uint8), stored, start)
+
+
+def read_tensor(stored: StoredTensor, *, device: torch.device | str = "cpu") -> Tensor:
+    """Returns a stored tensor on a device, read and not mapped. To a GPU it goes in pieces: one is read, one is copied.
 
     Raises:
         ValueError: the file has become shorter since its header was read.
     """
-    return read_bytes(stored, 0, stored.size).view(DTYPES[stored.dtype]).view(stored.shape)
+    device = torch.device(device)
+    if device.type == "cuda":
+        content = torch.empty(stored.size, dtype=torch.uint8, device=device)
+        for start in range(0, stored.size, PIECE):
+            # PyTorch hands pinned memory out again once the copies from it are done, so a few pieces serve all tensors.
+            piece = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)[: stored.size - start]
+            content[start : start + PIECE].copy_(_read_into(piece, stored, start), non_blocking=True)
+    else:
+        content = read_bytes(stored, 0, stored.size).to(device)
+    return content.view(DTYPES[stored.dtype]).view(stored.shape)
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:

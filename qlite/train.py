@@ -339,7 +339,7 @@ def _loop(
         scale = done["loss_scale"]
         loss = _accumulate(model, window, scale)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, 1 / scale)
+        torch._foreach_mul_(gradients, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             optimizer.zero_grad(set_to_none=True)
@@ -354,7 +354,8 @@ def _loop(
             continue
         skipped_in_a_row = 0
         if limit is not None:
-            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+            shrink = (limit / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, shrink)  # pyright: ignore[reportPrivateImportUsage]
         factor = learning_rate_factor(done["step"], steps, settings["schedule"], settings["warmup"])
         for group, peak in zip(optimizer.param_groups, settings["lr"], strict=True):
             group["lr"] = peak * factor
@@ -363,7 +364,7 @@ def _loop(
         done["step"] += 1
         done["losses"].append(loss)
         done["good_steps"] += 1
-        if scale != 1.0 and done["good_steps"] % SCALE_GROWTH_STEPS == 0:
+        if settings["dtype"] == "torch.float16" and done["good_steps"] % SCALE_GROWTH_STEPS == 0:
             done["loss_scale"] = scale * 2
         seen = sum(batch.input_ids.numel() for batch in window)
         tokens += seen

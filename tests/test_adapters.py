@@ -82,7 +82,7 @@ def stored_bytes(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-# ------------------------------------------------------------------------------------------------------ saved and loaded
+# Saved and loaded.
 
 
 @settings(max_examples=40)  # each waits for the disk, four times
@@ -249,7 +249,7 @@ def test_an_adapter_that_is_not_finite_is_not_saved(key, value, tmp_path):
     assert stored_bytes(tmp_path) == before
 
 
-# ---------------------------------------------------------------------------------------------------- which layers it is on
+# Which layers it is on.
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_an_expression_from_a_file_is_never_run(expression, tmp_path):
     assert set(adapted(again)) == set(adapted(model)) and torch.equal(logits(again), logits(model))
 
 
-# --------------------------------------------------------------------------------------------- over an adapter that is there
+# Over an adapter that is there.
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -349,7 +349,7 @@ def test_adapters_of_another_rank_or_on_other_layers_are_not_mixed(options, tmp_
     assert state_of(other) == before
 
 
-# -------------------------------------------------------------------------------------------------------- of another base
+# Of another base.
 
 
 def test_an_adapter_of_another_base_is_refused_and_both_are_named(tmp_path):
@@ -393,7 +393,7 @@ def test_where_one_of_them_has_no_fingerprint_the_shapes_decide(forgotten, tmp_p
     assert torch.equal(logits(again), logits(model))
 
 
-# -------------------------------------------------------------------------------------------------------------- bad input
+# Bad input.
 
 
 def edit(folder, **changes):
@@ -560,7 +560,7 @@ def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
     assert asked == [("me/faq", "v1")] and torch.equal(logits(again), logits(model))
 
 
-# ---------------------------------------------------------------------------------------------------------------- merging
+# Merging.
 
 
 def layer_of(kind, dtype, in_features=64, out_features=32):
@@ -669,7 +669,7 @@ def test_an_adapter_on_a_layer_that_cannot_be_merged_is_an_error_and_nothing_is_
     assert len(adapted(model)) == 2 and torch.equal(model(torch.ones(1, 4)), before)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the hub
+# The hub.
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from qlite import storage
 from qlite.storage import DTYPES, read_bytes, read_header, read_json, read_metadata, read_tensor, replace_file, same_bytes
 
-# ---------------------------------------------------------------------------------------------------------- safetensors
+# Safetensors.
 
 names = st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
@@ -263,7 +263,7 @@ def test_large_tensors_are_compared_to_the_last_byte_and_never_held_whole(folder
     assert max(pieces) <= 16 * 2**20
 
 
-# ----------------------------------------------------------------------------------------------------------------- JSON
+# JSON.
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=6),
@@ -316,7 +316,7 @@ def test_a_json_file_beyond_the_limit_is_refused_before_it_is_read(folder, monke
         read_json(path)
 
 
-# -------------------------------------------------------------------------------------------------------------- the hub
+# The hub.
 
 
 @pytest.fixture
@@ -423,7 +423,7 @@ def test_an_id_that_the_hub_would_not_have_is_not_found(text):
         storage.resolve_folder(text)
 
 
-# --------------------------------------------------------------------------------------------------------- whole writes
+# Whole writes.
 
 
 @given(st.text(max_size=50), st.text(max_size=50))

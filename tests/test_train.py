@@ -407,8 +407,14 @@ def test_the_loss_scale_doubles_after_200_good_steps(scales, monkeypatch):
 
 
 def test_float32_has_no_loss_scale(scales):
-    tune(Toy(), [*GOOD[:3], BAD_LOSS] * 80, steps=230)
+    tune(Toy(), [*GOOD * 10, BAD_LOSS], steps=250)  # a bad one after 240, so that both ways to another scale are tried
     assert set(scales) == {1}
+
+
+def test_the_loss_scale_comes_up_from_its_least(scales, monkeypatch):
+    monkeypatch.setattr(qlite.train, "FIRST_LOSS_SCALE", 2.0)
+    tune(half_toy(), [*[BAD_LOSS] * 3, *GOOD * 10], steps=201)
+    assert scales == [2, 1, 1, *[1] * 200, 2]
 
 
 def test_a_float16_falcon_trains():

@@ -82,7 +82,7 @@ def assert_same_logits(ours, theirs, base):
     assert (found - ours_of(base)(ids)).abs().max() > VISIBLE
 
 
-# -------------------------------------------------------------------------------------------------------- ours, read by peft
+# Ours, read by peft.
 
 
 @flavours
@@ -159,7 +159,7 @@ def test_peft_wraps_the_same_layers_where_a_name_ends_another(names, tmp_path):
     assert their_layers(theirs) == set(names)
 
 
-# -------------------------------------------------------------------------------------------------------- peft's, read by us
+# Peft's, read by us.
 
 
 @flavours
