@@ -46,6 +46,16 @@ def dynamic_levels(signed: bool) -> Tensor:
     return torch.tensor(_levels(signed), dtype=torch.float32)
 
 
+@functools.cache
+def dynamic_levels_on(device: torch.device, *, signed: bool) -> Tensor:
+    """Returns the table of `dynamic_levels` on a device, always the same tensor: to be read, not written.
+
+    A fresh one would be copied from the host at every call, and the host would wait for the device each time.
+    """
+    with torch.inference_mode(False):
+        return dynamic_levels(signed).to(device)
+
+
 def reciprocal(absmax: Tensor) -> Tensor:
     """Returns 1 / absmax in float32, finite for every finite absmax >= 0, of the shape of `absmax`.
 
@@ -85,7 +95,7 @@ def quantize_dynamic8(x: Tensor, *, signed: bool, block_size: int = 256, never_z
     blocks = -(-flat.numel() // block_size)
     padded = torch.nn.functional.pad(flat, (0, blocks * block_size - flat.numel())).view(blocks, block_size)
     absmax = padded.abs().amax(dim=1) if blocks else padded.new_zeros(0)
-    levels = dynamic_levels(signed).to(x.device)
+    levels = dynamic_levels_on(x.device, signed=signed)
     midpoints = (levels[:-1] + levels[1:]) / 2
     codes = torch.bucketize(padded * reciprocal(absmax)[:, None], midpoints)
     if never_zero:
@@ -113,5 +123,5 @@ def dequantize_dynamic8(codes: Tensor, absmax: Tensor, *, signed: bool, block_si
             f"dequantize_dynamic8: absmax has shape {tuple(absmax.shape)}; {codes.numel()} codes in blocks of "
             f"{block_size} want ({blocks},)"
         )
-    values = dynamic_levels(signed).to(codes.device)[codes.reshape(-1).int()]
+    values = dynamic_levels_on(codes.device, signed=signed)[codes.reshape(-1).int()]
     return (values * absmax.repeat_interleave(block_size)[: codes.numel()]).view(codes.shape)

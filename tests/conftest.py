@@ -1,7 +1,7 @@
 """Settings that every test shares: hypothesis profiles, Triton's interpreter where there is no GPU, visible garbage.
 
-    pytest                                  # deterministic: 60 examples a property
-    pytest --hypothesis-profile=nightly     # 2,000, drawn anew each time
+pytest                                  # deterministic: 60 examples a property
+pytest --hypothesis-profile=nightly     # 2,000, drawn anew each time
 """
 
 import os

@@ -10,7 +10,8 @@ from torch import nn
 
 import qlite
 from qlite.linear import Linear4bit, Linear8bit, QuantizedLinear
-from qlite.nf4 import FP4_LEVELS
+from qlite.nf4 import FP4_LEVELS, NF4_LEVELS
+from tests.strategies import UNIFORM_LEVELS
 
 KINDS = [
     Linear4bit,
@@ -41,6 +42,16 @@ def test_forward_is_the_product_with_the_decoded_weight(kind):
     layer, x = layer_of(kind), seeded(3, 96)
     # float32 dot products of 96 terms in two orders of summation.
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dequantize(), layer.bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("levels", [NF4_LEVELS, FP4_LEVELS, UNIFORM_LEVELS])
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_a_4bit_layer_holds_what_quantize_nf4_writes_with_the_same_options(block_size, levels, double_quant):
+    options = {"block_size": block_size, "levels": levels, "double_quant": double_quant}
+    layer, q = Linear4bit(96, 40, **options).quantize_(seeded(40, 96)), qlite.quantize_nf4(seeded(40, 96), **options)
+    assert torch.equal(layer.weight, q.codes) and torch.equal(layer.absmax, q.absmax) and torch.equal(layer.levels, q.levels)
+    assert torch.equal(layer.dequantize(), q.dequantize())
 
 
 @pytest.mark.parametrize("kind", KINDS)

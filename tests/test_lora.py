@@ -54,9 +54,10 @@ def test_the_adapter_adds_its_delta_to_the_weight(kind, in_features, out_feature
     x = seeded(3, in_features)
     merged = nn.functional.linear(x.double(), dense.double() + layer.delta().double(), base.bias.double())
     # Sums of in_features + r float32 terms; magnitudes as a float64 product of absolute values.
-    magnitude = x.double().abs() @ (
-        dense.double().abs() + layer.scaling * layer.lora_B.double().abs() @ layer.lora_A.double().abs()
-    ).T + base.bias.double().abs()
+    magnitude = (
+        x.double().abs() @ (dense.double().abs() + layer.scaling * layer.lora_B.double().abs() @ layer.lora_A.double().abs()).T
+        + base.bias.double().abs()
+    )
     bound = (in_features + r + 4) * 2**-23 * magnitude
     assert bool(((layer(x).double() - merged).abs() <= bound).all())
 

@@ -1,9 +1,12 @@
 """The seam: schemas, fakes and gradients of the ops, compilation, and what autograd keeps."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qlite
 from qlite import ops
@@ -80,8 +83,9 @@ def test_linear_int8_and_its_gradient_equal_float64_over_the_decoded_weight(w, b
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_every_dtype_multiplies_the_weight_decoded_into_it_and_adds_the_bias(dtype, kind):
-    w, x, bias = seeded(48, 200), seeded(6, 200, dtype=dtype).requires_grad_(), seeded(48).requires_grad_()
+@pytest.mark.parametrize("columns", [200, 48])  # of a square weight a transposed gradient has the right shape
+def test_every_dtype_multiplies_the_weight_decoded_into_it_and_adds_the_bias(columns, dtype, kind):
+    w, x, bias = seeded(48, columns), seeded(6, columns, dtype=dtype).requires_grad_(), seeded(48).requires_grad_()
     if kind == "nf4":
         q = qlite.quantize_nf4(w)
         y = ops.linear_nf4(x, q, bias)
@@ -89,8 +93,8 @@ def test_every_dtype_multiplies_the_weight_decoded_into_it_and_adds_the_bias(dty
         q = qlite.quantize_int8(w)
         y = ops.linear_int8(x, q.codes, q.absmax, bias)
     exact, shift = q.dequantize(dtype).double(), bias.detach().to(dtype).double()
-    # 200 float32 terms and the bias, then two roundings to the dtype at most: of the product, and of the sum with the bias.
-    roundoff = 202 * 2**-24 + torch.finfo(dtype).eps
+    # The float32 terms and the bias, then two roundings to the dtype at most: of the product, and of the sum with the bias.
+    roundoff = (columns + 2) * 2**-24 + torch.finfo(dtype).eps
     allowed = roundoff * (x.detach().double().abs() @ exact.abs().T + shift.abs())
     assert y.dtype == dtype and bool(((y.double() - (x.double() @ exact.T + shift)).abs() <= allowed).all())
     y.sum().backward()
@@ -136,6 +140,19 @@ def test_autocast_decides_the_dtype_as_it_does_for_a_dense_layer():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ops.linear_nf4(seeded(2, 64), q).dtype == torch.bfloat16
         assert torch.nn.functional.linear(seeded(2, 64), q.dequantize()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_under_autocast_the_fake_result_has_the_dtype_of_the_real_one(kind):
+    nf4_weight, int8_weight, x = qlite.quantize_nf4(seeded(5, 64)), qlite.quantize_int8(seeded(5, 64)), seeded(2, 64)
+    with FakeTensorMode() as mode, torch.autocast("cpu", dtype=torch.bfloat16):
+        fake = mode.from_tensor
+        if kind == "nf4":
+            parts = {name: fake(getattr(nf4_weight, name)) for name in ("codes", "absmax", "absmax_scale", "absmax_offset")}
+            y = ops.linear_nf4(fake(x), dataclasses.replace(nf4_weight, **parts, levels=fake(nf4_weight.levels)))
+        else:
+            y = ops.linear_int8(fake(x), fake(int8_weight.codes), fake(int8_weight.absmax))
+    assert y.dtype == torch.bfloat16 and y.shape == (2, 5)
 
 
 def test_compiles_to_one_graph_with_equal_numbers_and_gradients():

@@ -1,11 +1,13 @@
 """AdamW with encoded moments: what it equals, what it stays close to, and what it must never do."""
 
 import copy
+import gc
 import json
 import math
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -389,6 +391,18 @@ def test_the_length_of_the_chunks_changes_no_bit(kind, block_size, monkeypatch):
     cut = kind([Parameter(start.clone())], lr=LR, block_size=block_size)
     advance(cut, steps)
     assert_same_bits(whole, cut)
+
+
+def test_every_operation_of_the_update_is_rounded_as_ieee_says():
+    """So that the bits do not hang on the device: numpy rounds each float32 operation to the nearest."""
+    source = generator(0)
+    param, m = torch.randn(2, 2**18, generator=source)
+    v = torch.rand(2**18, generator=source) * 10 ** (torch.rand(2**18, generator=source) * 20 - 15)
+    rule, f = AdamWRule(LR, 0.9, 0.999, 1e-8, 0.01, 7), np.float32
+    root = np.sqrt(v.numpy()) * f(1 / math.sqrt(1 - 0.999**7)) + f(1e-8)
+    move = (m.numpy() / root) * f(LR / (1 - 0.9**7))
+    wanted = param.numpy() * f(1 - LR * 0.01) - move
+    assert torch.equal(rule.updated(param, m, v), torch.from_numpy(wanted))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -834,6 +848,8 @@ def test_on_cuda_paged_state_is_pinned_on_the_host_also_after_loading_and_after_
 
 @needs_cuda
 def test_on_cuda_no_state_stays_on_the_device_between_steps():
+    gc.collect()
+    start = torch.cuda.memory_allocated()
     param = Parameter(torch.zeros(2**22, device="cuda"))
     param.grad = torch.ones_like(param)
     optimizer = PagedAdamW8bit([param])
@@ -842,10 +858,12 @@ def test_on_cuda_no_state_stays_on_the_device_between_steps():
     before = torch.cuda.memory_allocated()
     optimizer.step()
     torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() == before == 2 * 4 * 2**22
+    # The parameter, its gradient, and the two tables of levels, which are kept.
+    assert torch.cuda.memory_allocated() == before <= start + 2 * 4 * 2**22 + 2 * 1024
 
 
 @needs_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_on_cuda_a_step_with_float32_gradients_of_any_value_does_not_wait_for_the_device():
     optimizer = AdamW8bit(several(device="cuda"))
     advance(optimizer, gradients(2, *SHAPES))

@@ -102,9 +102,7 @@ def expected(sizes: list[int], cut: int, rounds: int) -> list[torch.Tensor]:
     return [piece.buffer.bytes.clone() for piece in pieces]
 
 
-@given(
-    st.lists(st.integers(1, 12).map(lambda n: 4 * n), min_size=1, max_size=6), st.integers(1, 4), st.integers(0, 2**32)
-)
+@given(st.lists(st.integers(1, 12).map(lambda n: 4 * n), min_size=1, max_size=6), st.integers(1, 4), st.integers(0, 2**32))
 def test_no_order_that_the_events_allow_changes_a_byte(sizes, quarter_cut, seed):
     cut, rounds = 4 * quarter_cut, 3
     pieces = pieces_of(sizes, cut)

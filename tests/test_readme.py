@@ -42,9 +42,7 @@ def test_there_is_one_block_of_code_for_the_main_job_and_one_for_each_task():
     assert len(blocks("python")[0].splitlines()) <= 14  # twelve lines and what they import
 
 
-@pytest.mark.skipif(
-    not (ASSETS / "tiny-falcon" / "model.safetensors").is_file(), reason="needs the tiny base in qlite/assets"
-)
+@pytest.mark.skipif(not (ASSETS / "tiny-falcon" / "model.safetensors").is_file(), reason="needs the tiny base in qlite/assets")
 def test_its_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The one change: a step instead of the eighty that the answer needs.

@@ -437,6 +437,14 @@ def test_metrics_have_one_row_a_step(tmp_path):
     assert all(math.isfinite(v) and v > 0 for row in rows for v in row.values())
 
 
+def test_a_row_is_in_the_file_when_the_next_step_begins(tmp_path):
+    model, seen = Toy(), []
+    optimizer = sgd(model)
+    optimizer.register_step_pre_hook(lambda *_: seen.append(len(read_metrics(tmp_path / "metrics.jsonl"))))
+    tune(model, GOOD, optimizer, steps=4, output_dir=tmp_path)
+    assert seen == [0, 1, 2, 3]
+
+
 def test_a_new_run_starts_the_metrics_anew(tmp_path):
     for steps in (5, 3):
         tune(Toy(), GOOD, steps=steps, output_dir=tmp_path)

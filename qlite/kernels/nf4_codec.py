@@ -13,14 +13,12 @@ multiply-add. Triton's interpreter truncates float32 to bfloat16, so there the r
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlite.dynamic8 import SMALLEST_DIVISOR, dynamic_levels
+from qlite.dynamic8 import SMALLEST_DIVISOR, dynamic_levels_on
 
 ABSMAX_BLOCK = 256
 #: Weights that one program encodes or decodes.
@@ -90,12 +88,6 @@ def _dequantize_kernel(
     tl.store(out_ptr + row[:, None] * columns + column, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@functools.cache
-def _dynamic_levels_on(device: torch.device) -> Tensor:
-    """Returns the signed dynamic table on a device; kept, for a copy from the host at every call would stall it."""
-    return dynamic_levels(signed=True).to(device)
-
-
 def _launch_shape(rows: int, columns: int, block_size: int) -> tuple[int, int, int]:
     """Returns (blocks in all, blocks a row, blocks a program)."""
     blocks_a_row = triton.cdiv(columns, block_size)
@@ -137,7 +129,7 @@ def dequantize(
         double_quant = absmax_scale is not None
         _dequantize_kernel[(triton.cdiv(blocks, blocks_a_program),)](
             codes, absmax, absmax_scale, absmax_offset,
-            _dynamic_levels_on(codes.device) if double_quant else None, levels, out,
+            dynamic_levels_on(codes.device, signed=True) if double_quant else None, levels, out,
             in_features, blocks_a_row, blocks,
             BLOCK=block_size, BLOCKS=blocks_a_program, DOUBLE_QUANT=double_quant, ABSMAX_BLOCK=ABSMAX_BLOCK,
             ROUND_BFLOAT16=dtype == torch.bfloat16 and codes.device.type == "cpu",

@@ -49,10 +49,10 @@ def looked_up(codes, absmax, levels, block_size, dtype):
     return (values * absmax.double().repeat_interleave(block_size, dim=1)).float().to(dtype)
 
 
-def without_second_zero(codes):
-    """FP4 codes with 8, the second code of zero, written as 0."""
+def as_ours(codes, quant_type):
+    """Packed codes of the peer, with 8, the second zero of FP4, written as 0."""
     high, low = codes >> 4, codes & 15
-    return (high * (high != 8) << 4) | (low * (low != 8))
+    return (high * (high != 8) << 4) | (low * (low != 8)) if quant_type == "fp4" else codes
 
 
 def assert_same_decoding(ours, theirs):
@@ -163,7 +163,7 @@ def test_fp4_codes_are_the_same_but_for_the_second_code_of_zero(drawn):
     w, block_size = drawn
     q = qlite.quantize_nf4(w, block_size=block_size, double_quant=False, levels=FP4_LEVELS)
     codes, absmax, encoded = peer_codes(w, block_size, "fp4")
-    assert torch.equal(q.codes, without_second_zero(codes)) and torch.equal(q.absmax, absmax)
+    assert torch.equal(q.codes, as_ours(codes, "fp4")) and torch.equal(q.absmax, absmax)
     assert_same_decoding(q.dequantize(), functional.dequantize_4bit(*encoded))
 
 
@@ -211,8 +211,7 @@ def hold_double_quantization_against_the_peer(w, block_size, quant_type="nf4"):
     packed, state = functional.quantize_4bit(
         w.contiguous(), blocksize=block_size, quant_type=quant_type, compress_statistics=True
     )
-    codes = packed.view(len(w), -1)
-    assert torch.equal(q.codes, without_second_zero(codes) if quant_type == "fp4" else codes)
+    assert torch.equal(q.codes, as_ours(packed, quant_type).view_as(q.codes))
     exact = qlite.quantize_nf4(w, block_size=block_size, double_quant=False).absmax.double()
     # Any order of summation of n non-negative float32 numbers errs by at most n * 2^-24 of the mean; and one division.
     assert (q.absmax_offset.double() - state.offset.double()).abs() <= (exact.numel() + 1) * 2**-24 * exact.mean()
@@ -316,6 +315,7 @@ def test_a_4bit_layer_is_no_further_from_the_exact_product_than_that_of_bitsandb
     weight, bias, x = linear_problem(*shape, dtype)
     ours = our_linear4bit(weight, bias, quant_type, double_quant=False)
     peer = peer_linear4bit(weight, bias, quant_type, double_quant=False).train(training)
+    assert torch.equal(ours.weight, as_ours(peer.weight.data, quant_type).view_as(ours.weight))
     exact = x.double() @ ours.encoded().dequantize(torch.float32).double().T + bias.double()
     with torch.no_grad():
         ours_error, peer_error = relative_error(ours(x), exact), relative_error(peer(x), exact)
