@@ -109,7 +109,7 @@ def test_a_code_counts_the_midpoints_below_the_product_with_the_rounded_reciproc
 
 @pytest.mark.parametrize("absmax", [1.0, 3.0, 7.0, 0.7, -1.7, 2.0**-126, 3e38])
 @pytest.mark.parametrize("levels", [NF4_LEVELS, FP4_LEVELS, UNIFORM_LEVELS])
-def test_so_it_does_for_the_float32_numbers_around_every_midpoint(levels, absmax):
+def test_around_every_midpoint_the_product_with_the_reciprocal_decides_and_not_the_quotient(levels, absmax):
     different = torch.tensor(levels).unique()
     boundaries = (different[1:] + different[:-1]) / 2 * absmax
     # Where a quotient by 3, 7, 0.7 or 1.7 and the product with its reciprocal lie on two sides, it is here.

@@ -183,7 +183,7 @@ def in_peer_dynamic8(x, signed, block_size):
 
 
 @given(weights(rows=st.integers(1, 5), columns=st.integers(1, 300)), st.booleans(), st.sampled_from((64, 256, 4096)))
-def test_a_dynamic_value_is_never_further_off_than_its_and_its_no_more_than_a_bin_further_than_ours(x, signed, block_size):
+def test_a_dynamic_value_is_no_further_off_than_the_peers_and_the_peers_at_most_a_bin_further(x, signed, block_size):
     x = (x.float() if signed else x.float().abs()).contiguous()
     codes, absmax = quantize_dynamic8(x, signed=signed, block_size=block_size)
     theirs, peer_absmax = in_peer_dynamic8(x, signed, block_size)
