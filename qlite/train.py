@@ -287,7 +287,7 @@ def finetune(
         "max_grad_norm": max_grad_norm, "seed": seed, **_describe(model, optimizer),
     }  # fmt: skip
     run = saved_run.Run(trained, optimizer, batches, settings)
-    device, training = run.device, model.training
+    device, modes = run.device, [(module, module.training) for module in model.modules()]
     for parameter in trained.values():
         parameter.grad = None  # a call that was interrupted may have left a part of a window's gradient
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -305,7 +305,8 @@ def finetune(
                 model.train()
                 return _loop(model, run, journal, device, settings, _saver(folder, run, save_every, save_total_limit))
         finally:
-            model.train(training)
+            for module, training in modes:
+                module.training = training
             for group, peak in zip(optimizer.param_groups, settings["lr"], strict=True):
                 group["lr"] = peak
 
