@@ -38,6 +38,8 @@ SHARED = {"vocab_size": 65024, "bias": False, "alibi": False, "multi_query": Tru
 TOKENS = 512
 GIB = 2**30
 PROMPT = list(range(100, 164))
+#: What Falcon-7B may take, GiB: on the GPU once loaded and in training, on the host beyond the interpreter while it loads.
+MOST_GIB = {"loaded_gpu_gib": 4.6, "train_gpu_peak_gib": 6.0, "load_host_peak_gib": 3.0}
 
 
 def write_checkpoint(folder: pathlib.Path, config: FalconConfig, shard_bytes: int = 2 * 10**9) -> int:
@@ -193,6 +195,11 @@ def main() -> None:
     record("falcon7b", {"model": options.model, "layers": config["num_hidden_layers"], **row, "reloaded_same": same})
     if not same:
         raise SystemExit("the reloaded adapter generated other tokens")
+    over = [
+        f"{key} is {row[key]}, more than {most}" for key, most in MOST_GIB.items() if options.model == "7b" and row[key] > most
+    ]
+    if over:
+        raise SystemExit("; ".join(over))
 
 
 if __name__ == "__main__":

@@ -298,6 +298,18 @@ def test_names_that_end_other_names_come_back_as_the_same_layers(names, tmp_path
     assert torch.equal(again(torch.ones(2, 4)), model(torch.ones(2, 4)))
 
 
+@pytest.mark.parametrize("name", ["a+", "(", "[a", "a|b", "all-linear", "base", "dropout"])
+def test_any_name_of_a_layer_comes_back(name, tmp_path):
+    # As expressions, "a+" is "a" and not itself, and "(" is none. A LoRALinear has parts of its own called base and dropout.
+    model, again = (nn.ModuleDict({key: nn.Linear(4, 4) for key in (name, "a", "b", "aa", "lm_head")}) for _ in range(2))
+    adapt(model, targets=[name])
+    assert set(adapted(model)) == {name}
+    qlite.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == [name]
+    qlite.load_adapter(again, tmp_path)
+    assert set(adapted(again)) == {name}
+
+
 def test_an_adapter_on_some_layers_of_a_kind_names_them_when_it_is_saved_again(tmp_path):
     model = base_of()
     adapt(model, targets=["transformer.h.1.mlp.dense_h_to_4h"])
@@ -320,6 +332,7 @@ def test_an_expression_from_a_file_is_never_run(expression, tmp_path):
     again = base_of()
     qlite.load_adapter(again, tmp_path)
     assert set(adapted(again)) == set(adapted(model)) and torch.equal(logits(again), logits(model))
+    assert again.lora_config.targets == "all-linear"
 
 
 # Over an adapter that is there.
@@ -747,7 +760,7 @@ def test_the_card_names_the_base_and_what_the_adapter_is(folder, hub):
     assert "r=3, alpha=8.0, on dense, dense_4h_to_h, dense_h_to_4h, query_key_value." in card.text
 
 
-@pytest.mark.parametrize("base", [None, "/home/me/falcon", "falcon", "a/b/c", "./falcon/7b", ["a/b"], "tests/falcons"])
+@pytest.mark.parametrize("base", [None, "/models/falcon", "falcon", "a/b/c", "./falcon/7b", ["a/b"], "tests/falcons"])
 def test_a_base_that_is_no_hub_id_is_not_claimed_to_be_one(base, folder, hub, monkeypatch):
     # The hub refuses a card whose base_model is not of the form of an id.
     (folder / "tests" / "falcons").mkdir(parents=True)
