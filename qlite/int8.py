@@ -64,7 +64,9 @@ def _grouped(x: Tensor, per_tensor: bool, block_size: int) -> Tensor:
 
 
 def _spread(per_group: Tensor, columns: int, block_size: int) -> Tensor:
-    """Returns (G, B) values repeated for every column: (G, columns)."""
+    """Returns (G, B) values for every column: (G, columns), or (G, 1) where all columns share one."""
+    if per_group.shape[1] == 1:
+        return per_group
     return per_group.repeat_interleave(block_size, dim=1)[:, :columns]
 
 

@@ -34,6 +34,8 @@ FP4_LEVELS: tuple[float, ...] = (
     -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
 )  # fmt: skip
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+#: Weights encoded at a time, in whole rows: what is computed on the way takes tens of bytes a weight.
+CHUNK = 2**20
 #: Absmax values that share one second-level scale.
 ABSMAX_BLOCK_SIZE = 256
 
@@ -155,10 +157,21 @@ def quantize(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     Source: arXiv 2305.14314, section 2 (block-wise k-bit quantization); order of operations as in bitsandbytes 0.50.
     """
     rows, columns = weight.shape
+    codes = torch.empty((rows, (columns + 1) // 2), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty((rows, blocks_per_row(columns, block_size)), dtype=torch.float32, device=weight.device)
+    table = decision_table(levels)
+    step = max(1, CHUNK // max(1, columns))
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        codes[part], absmax[part] = _quantize_rows(weight[part], *table, block_size)
+    return codes, absmax
+
+
+def _quantize_rows(weight: Tensor, midpoints: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
     blocks = blocks_per_row(columns, block_size)
     padded = torch.nn.functional.pad(weight.float(), (0, blocks * block_size - columns)).view(rows, blocks, block_size)
     absmax = padded.abs().amax(dim=2) if padded.numel() else padded.new_zeros(rows, blocks)
-    midpoints, order = decision_table(levels)
     share = (padded * reciprocal(absmax)[:, :, None]).contiguous()
     codes = order[torch.bucketize(share, midpoints)]
     return pack(codes.view(rows, blocks * block_size)[:, : columns + columns % 2]), absmax

@@ -287,12 +287,13 @@ def quantize_int8(x: Tensor, *, zero_point: bool = False, per: str = "row", bloc
     row = nf4.row_length(x.shape)
     rows = x.detach().reshape(-1, row) if row else x.new_empty(x.shape[:-1].numel(), 0)
     columns = block_size or max(row, 1)
-    absmax = scale = zero = None
-    if zero_point:
-        codes, scale, zero = int8.quantize_zero_point(rows, per_tensor=per == "tensor", block_size=columns)
-    else:
-        codes, absmax = int8.quantize_absmax(rows, per_tensor=per == "tensor", block_size=columns)
-    return Int8Tensor(codes, absmax, scale, zero, x.shape, x.dtype, columns)
+    options = {"per_tensor": per == "tensor", "block_size": columns}
+    encode = int8.quantize_zero_point if zero_point else int8.quantize_absmax
+    # A share of the rows at a time, where rows are independent: the temporaries take tens of bytes a weight.
+    parts = [rows] if per == "tensor" else rows.split(max(1, nf4.CHUNK // max(row, 1)))
+    encoded = [torch.cat(pieces) for pieces in zip(*(encode(part, **options) for part in parts), strict=True)]
+    absmax, scale, zero = (None, *encoded[1:]) if zero_point else (encoded[1], None, None)
+    return Int8Tensor(encoded[0], absmax, scale, zero, x.shape, x.dtype, columns)
 
 
 def _activation(x: Tensor, in_features: int, caller: str) -> Tensor:

@@ -15,6 +15,9 @@ settings.register_profile(
 )
 settings.load_profile("default_ci")
 
+# One thread: sums have one order wherever the suite runs, and small operations do not wait for busy cores.
+torch.set_num_threads(1)
+
 if not torch.cuda.is_available():
     # Read by Triton when it is first imported; on a machine with a GPU the kernels are compiled and run there.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -125,7 +125,7 @@ def test_targets_select_by_suffix_by_name_by_expression_or_all(targets, expected
 @pytest.mark.parametrize("targets", [["query_key_vaule"], ["query_key_value", "query_key_vaule"], "h.0.query_key_vaul"])
 def test_a_target_that_matches_nothing_is_an_error_with_close_names(targets):
     model = block_model()
-    with pytest.raises(ValueError, match="matches no linear layer; close names: .*query_key_value"):
+    with pytest.raises(ValueError, match=r"matches no linear layer; close names: .*query_key_value"):
         add_lora(model, LoRAConfig(targets=targets))
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
 

@@ -10,7 +10,7 @@ from qlite.nf4 import FP4_LEVELS, NF4_LEVELS
 from tests.strategies import DTYPES, block_sizes, tables, weights
 
 pytest.importorskip("triton", reason="Triton is not built for this platform")
-from qlite.kernels import nf4_codec  # noqa: E402
+from qlite.kernels import nf4_codec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
