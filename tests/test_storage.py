@@ -263,6 +263,17 @@ def test_large_tensors_are_compared_to_the_last_byte_and_never_held_whole(folder
     assert max(pieces) <= 16 * 2**20
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 12_345])
+def test_on_cuda_a_tensor_arrives_whole_wherever_its_pieces_are_cut(size, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PIECE", 1000)
+    values = torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    save_file({"a": values, "b": values.flip(0).contiguous()}, tmp_path / "x.safetensors")
+    header = read_header(tmp_path / "x.safetensors")
+    found = [read_tensor(header[name], device="cuda").cpu() for name in ("a", "b")]
+    assert torch.equal(found[0], values) and torch.equal(found[1], values.flip(0))
+
+
 # JSON.
 
 json_values = st.recursive(
