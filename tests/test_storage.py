@@ -11,7 +11,7 @@ from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from qlite import storage
 from qlite.storage import DTYPES, read_bytes, read_header, read_json, read_metadata, read_tensor, replace_file, same_bytes
