@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import torch
@@ -123,8 +124,8 @@ def save_adapter(model: nn.Module, folder: str | pathlib.Path, *, base_id: str |
         temporary[CONFIG].write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         written = {name: entry.shape for name, entry in read_header(temporary[TENSORS]).items()}
         assert written == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        shutil.copymode(temporary[CONFIG], temporary[TENSORS])  # safetensors makes files for their owner alone
         for path in temporary.values():
-            path.chmod(0o644)
             sync(path)
         for name, path in temporary.items():
             os.replace(path, folder / name)

@@ -396,7 +396,7 @@ def save_checkpoint(
     Example:
         >>> qlite.save_checkpoint(model, "falcon-nf4")  # doctest: +SKIP
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"save_checkpoint: {folder} holds something already; choose another folder")
     state = model.state_dict(keep_vars=True)
@@ -423,7 +423,7 @@ def save_checkpoint(
         if tokenizer_json is not None:
             shutil.copyfile(tokenizer_json, temporary / "tokenizer.json")
         for path in temporary.iterdir():
-            path.chmod(0o644)
+            shutil.copymode(temporary / "config.json", path)  # safetensors makes files for their owner alone
             sync(path)
         sync(temporary)
         if folder.exists():

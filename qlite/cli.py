@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import itertools
 import json
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 import qlite
-from qlite.checkpoint import check_device
+from qlite.checkpoint import check_device, stored_tensors
 from qlite.data import ASSETS, FAQBatches, encode_prompt, read_faq
 from qlite.falcon import Falcon
+from qlite.linear import QuantizedLinear
 from qlite.nf4 import BLOCK_SIZES, FP4_LEVELS
-from qlite.storage import read_json, resolve_folder
-from qlite.train import SCHEDULES, plot_losses
+from qlite.resume import checkpoints
+from qlite.storage import FLOATS, read_json, resolve_folder
+from qlite.train import SCHEDULES, check_options, plot_losses
 
 #: What `--recipe` sets where a flag is not given. "demo" was tuned for the tiny base on two CPU cores; "tutorial" is the
 #: recipe of the 2023 Falcon tutorials.
@@ -43,6 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 #: Questions that are answered together. Fixed: rows that are padded together may differ in the last bits of their logits
 #: from rows alone, and the answers are compared token for token.
 ROWS = 16
+TRAINED = "trained questions"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPTIMIZERS = {
     "paged_adamw_8bit": qlite.PagedAdamW8bit,
@@ -61,11 +66,14 @@ def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="branch, tag or commit of the base on the hub")
     formats = ("nf4", "fp4", "int8", "none")
     group.add_argument("--quantize", choices=formats, help="format of the linears; nf4 unless the base is quantized already")
-    group.add_argument("--block-size", type=int, choices=BLOCK_SIZES, default=64, help="weights per absmax (nf4, fp4)")
+    group.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights per absmax (nf4, fp4); None: 64")
+    group.add_argument("--double-quant", action=argparse.BooleanOptionalAction, help="encode absmax too (nf4, fp4); None: yes")
     group.add_argument(
-        "--double-quant", action=argparse.BooleanOptionalAction, default=True, help="encode absmax too (nf4, fp4)"
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="auto: float32 on the CPU, else 16 bits; to quantize, as stored",
     )
-    group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float32 on the CPU, else 16 bits")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
 
 
@@ -82,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     train = tune.add_argument_group("training (a default of None comes from --recipe)")
     train.add_argument("--recipe", choices=RECIPES, default="demo", help=json.dumps(RECIPES).replace("%", "%%"))
     train.add_argument("--r", type=int, help="rank of the adapters")
-    train.add_argument("--alpha", type=float, help="scale of the adapters, times r")
+    train.add_argument("--alpha", type=float, help="the adapters' output is scaled by alpha / r")
     train.add_argument("--dropout", type=float, help="on the adapters' input")
     train.add_argument("--targets", help="all-linear, names joined by commas, or a regular expression in /slashes/")
     train.add_argument("--optimizer", choices=OPTIMIZERS, default="paged_adamw_8bit", help="of the adapters")
@@ -146,19 +154,36 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def _load(options: argparse.Namespace) -> tuple[Falcon, Tokenizer]:
+def _kind(options: argparse.Namespace, encoded: bool) -> Callable[..., QuantizedLinear] | None:
+    """Returns what the linears become, None for dense or as they are; ValueError for a flag that would do nothing."""
+    name = options.quantize or ("none" if encoded else "nf4")
+    if name not in ("nf4", "fp4") and (options.block_size, options.double_quant) != (None, None):
+        what = "the base is quantized already" if encoded else f"the linears are {name}"
+        raise ValueError(f"--block-size and --double-quant are for nf4 and fp4; {what}")
+    four_bit = functools.partial(
+        qlite.Linear4bit,
+        block_size=64 if options.block_size is None else options.block_size,
+        double_quant=options.double_quant is not False,
+    )
+    kinds = {"nf4": four_bit, "fp4": functools.partial(four_bit, levels=FP4_LEVELS), "int8": qlite.Linear8bit, "none": None}
+    return kinds[name]
+
+
+def _load(options: argparse.Namespace, *, stored_dtype: bool = False) -> tuple[Falcon, Tokenizer]:
     """Returns the base as the flags want it, and its tokenizer; says what was quantized."""
     device = _device(options.device)
     folder = resolve_folder(options.base, revision=options.revision)
-    encoded = "quantization_config" in read_json(folder / "config.json")
-    four_bit = functools.partial(qlite.Linear4bit, block_size=options.block_size, double_quant=options.double_quant)
-    kinds = {"nf4": four_bit, "fp4": functools.partial(four_bit, levels=FP4_LEVELS), "int8": qlite.Linear8bit, "none": None}
-    kind = kinds[options.quantize or ("none" if encoded else "nf4")]
+    encoded = read_json(folder / "config.json").get("quantization_config") is not None
+    kind = _kind(options, encoded)
+    if stored_dtype and kind is None:
+        raise ValueError("there is nothing to quantize: " + ("it is quantized already" if encoded else "--quantize is none"))
     start = time.perf_counter()
     dtype = _dtype(options.dtype, device)
+    if stored_dtype and options.dtype == "auto":
+        dtype = FLOATS[stored_tensors(folder)["transformer.word_embeddings.weight"].dtype]
     model = qlite.load_falcon(folder, quantize=kind, device=device, dtype=dtype)
     model.base_id = options.base  # type: ignore[assignment]
-    print(f"{model.load_report} in {time.perf_counter() - start:.1f} s, computing in {dtype}", file=sys.stderr)
+    print(f"{model.load_report} in {time.perf_counter() - start:.1f} s, in {dtype}", file=sys.stderr)
     return model, qlite.load_tokenizer(folder)
 
 
@@ -191,20 +216,56 @@ def _output(options: argparse.Namespace) -> pathlib.Path:
         names = itertools.chain(["runs/faq"], (f"runs/faq-{number}" for number in itertools.count(2)))
         return next(path for path in map(pathlib.Path, names) if not path.exists())
     output = pathlib.Path(options.output)
-    if not options.resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if options.resume:
+        if not checkpoints(output):
+            raise ValueError(f"--resume: {output} has no checkpoint to continue from; --save-every writes them")
+        return output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} holds something already; choose another folder, or continue its run with --resume")
     return output
 
 
-def _same_in_a_fresh_process(options: argparse.Namespace, adapter: pathlib.Path, tokens: list[list[int]]) -> bool:
+def _same_in_a_fresh_process(
+    options: argparse.Namespace, adapter: pathlib.Path, pairs: list[tuple[str, str]], most: int, tokens: list[list[int]]
+) -> bool:
     """Whether a new process that loads base and adapter from disk gives the same tokens for all questions."""
-    command = [sys.executable, "-m", "qlite", "generate", "--base", options.base, "--adapter", str(adapter)]
-    command += ["--questions", options.data, "--tokens", "--dtype", options.dtype, "--device", options.device]
-    command += ["--block-size", str(options.block_size), "--double-quant" if options.double_quant else "--no-double-quant"]
-    command += ["--quantize", options.quantize] if options.quantize else []
-    command += ["--revision", options.revision] if options.revision else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        questions = pathlib.Path(folder) / "questions.json"
+        records = [{"question": question, "answer": answer} for question, answer in pairs]
+        questions.write_text(json.dumps({"questions": records}), encoding="utf-8")
+        command = [sys.executable, "-m", "qlite", "generate", "--base", options.base, "--adapter", str(adapter)]
+        command += ["--questions", str(questions), "--max-new-tokens", str(most), "--tokens"]
+        command += ["--dtype", options.dtype, "--device", options.device]
+        for flag, value in (("quantize", options.quantize), ("block-size", options.block_size), ("revision", options.revision)):
+            command += [f"--{flag}", str(value)] if value is not None else []
+        if options.double_quant is not None:
+            command += ["--double-quant" if options.double_quant else "--no-double-quant"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()] == tokens
+
+
+def _check(options: argparse.Namespace) -> qlite.LoRAConfig:
+    """Returns the adapters' config; ValueError or ImportError for what would fail after the base was loaded."""
+    counts = {key: getattr(options, key) for key in ("steps", "accumulate", "save_every", "save_total_limit")}
+    check_options(counts, options.epochs, options.schedule, options.warmup, options.max_grad_norm)
+    OPTIMIZERS[options.optimizer]([torch.nn.Parameter(torch.zeros(1))], lr=options.lr, weight_decay=options.weight_decay)
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ImportError("--tensorboard: tensorboard is not installed; pip install 'qlite[train]'")
+    return _config(options)
+
+
+def _ask(
+    when: str, model: Falcon, tokenizer: Tokenizer, question: str, data: dict[str, list[tuple[str, str]]], most: int
+) -> list[list[int]]:
+    """Returns the answers to the trained questions, having printed how many are right, and one of them all."""
+    answer = _answers(model, tokenizer, [question], max_new_tokens=most)[0]
+    print(f"\n{when}: {question}\n    {tokenizer.decode(answer).strip()}")
+    tokens = {
+        name: _answers(model, tokenizer, [asked for asked, _ in pairs], max_new_tokens=most) for name, pairs in data.items()
+    }
+    shares = [f"{name} {_exact(tokenizer, tokens[name], pairs)}" for name, pairs in data.items()]
+    print(f"exact match, {when}: {', '.join(shares)}\n", flush=True)
+    return tokens[TRAINED]
 
 
 def finetune(options: argparse.Namespace) -> int:
@@ -220,28 +281,24 @@ def finetune(options: argparse.Namespace) -> int:
     demo_data = pathlib.Path(options.data) == ASSETS / "faq.json"
     eval_data = options.eval_data or (str(ASSETS / "faq_paraphrases.json") if demo_data else None)
     output = _output(options)
-    pairs = read_faq(options.data)
-    others = read_faq(eval_data) if eval_data else []
-    config = _config(options)
+    pairs, others = read_faq(options.data), read_faq(eval_data) if eval_data else []
+    config = _check(options)
     model, tokenizer = _load(options)
+    context = model.config.max_position_embeddings
+    if options.max_length > context:
+        raise ValueError(f"--max-length is {options.max_length}; the base holds {context} tokens")
     batches = FAQBatches(pairs, tokenizer, batch_size=options.batch_size, max_length=options.max_length, seed=options.seed)
-    print(batches.report())
-    questions = [question for question, _ in pairs]
-
-    def ask(when: str) -> list[list[int]]:
-        answer = _answers(model, tokenizer, [options.ask])[0]
-        print(f"\n{when}: {options.ask}\n    {tokenizer.decode(answer).strip()}")
-        tokens = _answers(model, tokenizer, questions)
-        print(f"exact match, {when}: trained questions {_exact(tokenizer, tokens, pairs)}", end="")
-        if others:
-            asked = _answers(model, tokenizer, [question for question, _ in others])
-            print(f", asked in other words {_exact(tokenizer, asked, others)}", end="")
-        print("\n", flush=True)
-        return tokens
+    print(f"{batches.report()}; writing to {output}")
+    data, rows = {TRAINED: batches.pairs}, list(batches.rows)
+    if others:
+        asked = FAQBatches(others, tokenizer, max_length=options.max_length)
+        data, rows = {**data, "asked in other words": asked.pairs}, rows + asked.rows
+    # Room for the longest answer, as far as the longest prompt leaves it.
+    most = min(max(len(answer) for _, answer in rows), context - max(len(prompt) for prompt, _ in rows))
 
     # An untrained adapter changes no bit, and a target that matches nothing is found before the work.
     print(qlite.add_lora(model, config, seed=options.seed))
-    ask("before")
+    _ask("before", model, tokenizer, options.ask, data, most)
     model.gradient_checkpointing = options.gradient_checkpointing
     optimizer = OPTIMIZERS[options.optimizer](qlite.lora_parameters(model), lr=options.lr, weight_decay=options.weight_decay)
     result = qlite.finetune(
@@ -256,12 +313,19 @@ def finetune(options: argparse.Namespace) -> int:
         print(f"optimizer state paged to host memory: {optimizer.paged_bytes / 1e6:.2f} MB")
     if model.transformer.word_embeddings.weight.is_cuda:
         print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    tokens = ask("after")
     adapter = qlite.save_adapter(model, output / "adapter", base_id=options.base)
-    plot_losses(output / "metrics.jsonl", output / "loss.png")
     size = (adapter / "adapter_model.safetensors").stat().st_size
-    print(f"wrote {adapter} ({size / 1e6:.2f} MB), {output / 'loss.png'}, {output / 'metrics.jsonl'}")
-    same = _same_in_a_fresh_process(options, adapter, tokens)
+    print(f"wrote {adapter} ({size / 1e6:.2f} MB) and {output / 'metrics.jsonl'}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no loss curve: matplotlib is not installed; pip install 'qlite[plot]'")
+    else:
+        plot_losses(output / "metrics.jsonl", output / "loss.png")
+        print(f"wrote {output / 'loss.png'}")
+    tokens = _ask("after", model, tokenizer, options.ask, data, most)
+    model.to("meta")  # the fresh process needs the room
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    same = _same_in_a_fresh_process(options, adapter, batches.pairs, most, tokens)
     print(f"reloaded in a fresh process: {'the same answers, token for token' if same else 'OTHER ANSWERS'}")
     return 0 if same else 1
 
@@ -270,7 +334,9 @@ def generate(options: argparse.Namespace) -> int:
     """Answer a question, or all questions of a file, with a base and an adapter."""
     if (options.question is None) == (options.questions is None):
         raise ValueError("generate: give one question, or --questions FILE")
-    questions = [options.question] if options.question else [question for question, _ in read_faq(options.questions)]
+    questions = [options.question]
+    if options.questions is not None:
+        questions = [question for question, _ in read_faq(options.questions)]
     adapter = resolve_folder(options.adapter) if options.adapter else None
     model, tokenizer = _load(options)
     if adapter is not None:
@@ -284,7 +350,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def quantize(options: argparse.Namespace) -> int:
     """Write a quantized checkpoint, which loads again without being quantized anew."""
-    model, _ = _load(options)
+    model, _ = _load(options, stored_dtype=True)
     tokenizer_json = resolve_folder(options.base, revision=options.revision) / "tokenizer.json"
     qlite.save_checkpoint(model, options.output, tokenizer_json=tokenizer_json)
     size = sum(path.stat().st_size for path in pathlib.Path(options.output).iterdir())
@@ -293,11 +359,17 @@ def quantize(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status of a command line: 0, 1 where a check failed, 2 for bad input."""
+    """Returns the exit status of a command line: 0, 1 where the work failed, 2 for bad input, 130 interrupted."""
     options = _parser().parse_args(arguments)
     verb = {"finetune": finetune, "generate": generate, "quantize": quantize}[options.verb]
     try:
         return verb(options)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"qlite {options.verb}: {error}", file=sys.stderr)
+        print(f"qlite {options.verb}: {str(error).removeprefix(f'{options.verb}: ')}", file=sys.stderr)
         return 2
+    except (FloatingPointError, torch.OutOfMemoryError, subprocess.CalledProcessError) as error:
+        print(f"qlite {options.verb}: {str(error).removeprefix(f'{options.verb}: ')}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"qlite {options.verb}: interrupted; what --save-every wrote can be continued with --resume", file=sys.stderr)
+        return 130

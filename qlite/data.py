@@ -103,7 +103,8 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
+        hint = "; a file of one object a line is named .jsonl" if "Extra data" in str(error) else ""
+        raise ValueError(f"{where}: not JSON ({error}){hint}") from error
 
 
 def read_faq(path: str | pathlib.Path) -> list[tuple[str, str]]:
@@ -180,7 +181,7 @@ class FAQBatches:
         seed: of the order. shuffle: False keeps the order of the file in every epoch.
 
     Attributes:
-        skipped: the questions that were left out.
+        pairs: the (question, answer) that are used, and rows: their ids. skipped: the questions that were left out.
 
     Raises:
         ValueError: a size below 1, or all answers too long.
@@ -199,6 +200,7 @@ class FAQBatches:
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"faq_batches: batch_size {batch_size} and max_length {max_length} must be at least 1")
         self.batch_size, self.max_length, self.seed, self.shuffle = batch_size, max_length, seed, shuffle
+        self.pairs: list[tuple[str, str]] = []
         self.rows: list[tuple[list[int], list[int]]] = []
         self.skipped: list[str] = []
         for question, answer in pairs:
@@ -206,6 +208,7 @@ class FAQBatches:
             if len(row[0]) + len(row[1]) > max_length:
                 self.skipped.append(question)
             else:
+                self.pairs.append((question, answer))
                 self.rows.append(row)
         if not self.rows:
             raise ValueError(

@@ -11,12 +11,14 @@ Not done here: embeddings, convolutions, 3-D expert weights; they are reported a
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qlite import nf4, ops
 from qlite.nf4 import FP4_LEVELS, NF4_LEVELS, NF4Tensor
@@ -69,8 +71,10 @@ class QuantizedLinear(nn.Module, abc.ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Moves state where `fn` moves it, but shows `fn` bytes only: a cast finds nothing to cast but the bias."""
 
+        of_bias = () if self.bias is None else (self.bias, self.bias.grad)
+
         def on_bytes(tensor: Tensor) -> Tensor:
-            if tensor is self.bias or tensor.dtype == torch.uint8:
+            if any(tensor is seen for seen in of_bias) or tensor.dtype == torch.uint8:
                 return fn(tensor)
             return fn(tensor.view(torch.uint8)).view(tensor.dtype)
 
@@ -243,15 +247,19 @@ class QuantizationReport:
     Attributes:
         quantized: name -> (bytes before, bytes after) of each linear layer that was replaced, bias included.
         skipped: name -> (bytes, reason) of each layer with weights of its own that was left as it was.
+        overridden: name -> class of each replaced layer whose class has a forward of its own, which no longer runs.
     """
 
     quantized: dict[str, tuple[int, int]]
     skipped: dict[str, tuple[int, str]]
+    overridden: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         before = sum(sizes[0] for sizes in self.quantized.values())
         after = sum(sizes[1] for sizes in self.quantized.values())
         lines = [f"quantized {len(self.quantized)} linear layers: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB"]
+        for kind, count in sorted(collections.Counter(self.overridden.values()).items()):
+            lines.append(f"{count} of them were {kind}, whose own forward no longer runs: is it more than x @ weight.T + bias?")
         reasons: dict[str, list[int]] = {}
         for size, reason in self.skipped.values():
             reasons.setdefault(reason, []).append(size)
@@ -271,6 +279,10 @@ def _reason_to_skip(name: str, module: nn.Module, skip: Sequence[str], owners: d
         return f"not a linear layer ({type(module).__name__})"
     if any(name == entry or name.endswith("." + entry) for entry in skip):
         return f"named in skip ({name.rpartition('.')[2]})"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "its weight is read by the module above it (torch's own attention)"
+    if module._parameters.get("weight") is None:
+        return "its weight is computed, not stored"
     shared = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
     if shared:
         return f"its weight is also {shared[0]}"
@@ -286,7 +298,7 @@ def quantize_model(
 
     Layers on the meta device become empty `kind` layers there, for `load_checkpoint` to fill; others are encoded at once,
     on their device, one at a time. Embeddings are not linear layers and stay; a weight that is shared with another module
-    stays too. The layer's training flag is kept.
+    stays too. The layer's training flag is kept. A subclass's own forward no longer runs; the report names such layers.
 
     Args:
         model: any module; it may not itself be the linear layer.
@@ -318,6 +330,8 @@ def quantize_model(
         replacement = _quantized(name, module, kind)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement)
+        if type(module).forward is not nn.Linear.forward:
+            report.overridden[name] = type(module).__name__
         report.quantized[name] = (size, replacement.encoded_bytes())
     if not report.quantized:
         raise ValueError(f"quantize_model: no linear layer of {type(model).__name__} was quantized.\n{report}")

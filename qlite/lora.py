@@ -16,6 +16,7 @@ import re
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 ALL_LINEAR = "all-linear"
 
@@ -139,7 +140,9 @@ class AdapterReport:
 
 def _is_linear(module: nn.Module) -> bool:
     in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return isinstance(in_features, int) and isinstance(out_features, int) and not isinstance(module, nn.Bilinear)
+    # torch's own attention reads the weight of its output layer, which a wrapper has not.
+    others = isinstance(module, (nn.Bilinear, NonDynamicallyQuantizableLinear))
+    return isinstance(in_features, int) and isinstance(out_features, int) and not others
 
 
 def _count_parameters(model: nn.Module) -> int:

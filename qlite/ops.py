@@ -221,7 +221,7 @@ def levels_tensor(levels: Sequence[float], device: torch.device | str) -> Tensor
 
 def check_block_size(block_size: int) -> None:
     """Raises ValueError unless `block_size` is one of nf4.BLOCK_SIZES."""
-    if block_size not in nf4.BLOCK_SIZES:
+    if not isinstance(block_size, int) or block_size not in nf4.BLOCK_SIZES:
         raise ValueError(f"block_size is {block_size!r}; wanted one of {', '.join(map(str, nf4.BLOCK_SIZES))}")
 
 

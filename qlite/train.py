@@ -104,9 +104,10 @@ def _accumulate(model: nn.Module, window: Sequence[Batch], scale: float) -> floa
     return total.item()
 
 
-def _check(
+def check_options(
     counts: dict[str, int | None], epochs: float | None, schedule: str, warmup: float, max_grad_norm: float | None
 ) -> None:
+    """Raises ValueError for an option of `finetune` that is out of its range."""
     for name, count in counts.items():
         if count is not None and (not isinstance(count, int) or count < 1):
             raise ValueError(f"finetune: {name} is {count!r}; wanted a whole number, 1 or more")
@@ -269,13 +270,13 @@ def finetune(
 
     Raises:
         ValueError: an option out of its range, no trainable parameter, or a checkpoint of another run (the differences
-            are listed). RuntimeError: ten steps in a row without a finite loss and gradient.
+            are listed). FloatingPointError: ten steps in a row without a finite loss and gradient.
 
     Example:
         >>> qlite.finetune(model, batches, optimizer, steps=80, accumulate=4)  # doctest: +SKIP
     """
     counts = {"steps": steps, "accumulate": accumulate, "save_every": save_every, "save_total_limit": save_total_limit}
-    _check(counts, epochs, schedule, warmup, max_grad_norm)
+    check_options(counts, epochs, schedule, warmup, max_grad_norm)
     folder = None if output_dir is None else pathlib.Path(output_dir)
     _check_output(folder, batches, save_every=save_every, resume=resume, tensorboard=tensorboard)
     if epochs is not None:
@@ -348,7 +349,7 @@ def _loop(
             done["loss_scale"], done["good_steps"] = max(1.0, scale / 2), 0
             skipped_in_a_row += 1
             if skipped_in_a_row >= MOST_SKIPPED:
-                raise RuntimeError(
+                raise FloatingPointError(
                     f"finetune: {MOST_SKIPPED} steps in a row at step {done['step']} had no finite loss and gradient "
                     f"(last loss {loss}); lower the learning rate, or train in bfloat16 or float32"
                 )

@@ -156,6 +156,43 @@ def test_the_format_of_the_linears_is_the_one_asked_for(kind, capsys):
     assert f"loaded {encoded} encoded linear layers" in capsys.readouterr().err
 
 
+def test_a_quantized_base_is_not_quantized_again(tmp_path, capsys):
+    assert cli.main(["quantize", "--output", str(tmp_path / "int8"), "--quantize", "int8"]) == 0
+    stored = json.loads((tmp_path / "int8" / "config.json").read_text())
+    assert stored["dtype"] == "bfloat16"  # as the base has it, whatever the device computes in
+    again = ["quantize", "--base", str(tmp_path / "int8"), "--output", str(tmp_path / "again")]
+    assert cli.main(again) == 2 and cli.main([*again, "--block-size", "128"]) == 2
+    said = capsys.readouterr().err
+    assert "it is quantized already" in said and "the base is quantized already" in said
+
+
+def test_long_answers_are_asked_for_whole_and_those_left_out_are_not_counted(tmp_path, capsys):
+    pairs = read_faq(ASSETS / "faq.json")
+    long = " ".join(answer for _, answer in pairs[:4])  # over the 64 tokens that generate gives on its own
+    data = tmp_path / "faq.json"
+    records = [("What is the procedure?", long), pairs[5], ("Why " * 300 + "?", "Left out. " * 40)]
+    data.write_text(json.dumps({"questions": [{"question": q, "answer": a} for q, a in records]}), encoding="utf-8")
+    options = ["--steps", "60", "--lr", "0.01", "--accumulate", "2", "--dropout", "0", "--max-length", "300", "--r", "16"]
+    assert cli.main([*short(data, tmp_path / "run"), *options]) == 0
+    said = capsys.readouterr().out
+    assert "1 left out, longer than 300 tokens" in said
+    assert "exact match, after: trained questions 2/2 (100 %)" in said and "the same answers, token for token" in said
+
+
+def test_an_interrupted_run_ends_in_one_line(faq, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qlite, "finetune", interrupted)
+    assert cli.main(short(faq, tmp_path / "run", "--steps", "1")) == 130
+    assert "continued with --resume" in capsys.readouterr().err
+
+
+def test_losses_that_are_not_finite_are_one_line_and_status_one(faq, tmp_path, capsys):
+    assert cli.main(short(faq, tmp_path / "run", "--steps", "20", "--lr", "1e30", "--optimizer", "adamw")) == 1
+    assert "had no finite loss and gradient" in capsys.readouterr().err
+
+
 def test_a_file_of_questions_is_answered_line_by_line(faq, capsys):
     assert cli.main(["generate", "--questions", str(faq), "--tokens", "--max-new-tokens", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -174,6 +211,14 @@ def test_a_file_of_questions_is_answered_line_by_line(faq, capsys):
         (["finetune", "--targets", "query_key_vaule"], "close names: query_key_value"),
         (["finetune", "--r", "0"], "r is 0"),
         (["finetune", "--resume"], "--resume needs the --output"),
+        (["finetune", "--resume", "--output", "taken"], "taken has no checkpoint to continue from"),
+        (["finetune", "--lr", "-1"], "lr is -1.0"),
+        (["finetune", "--save-every", "0"], "save_every is 0"),
+        (["finetune", "--max-length", "20000"], "the base holds 1024 tokens"),
+        (["finetune", "--max-length", "8"], "all 82 questions with their answers are longer than max_length=8"),
+        (["generate", ""], "the question is empty"),
+        (["generate", "a", "--quantize", "int8", "--block-size", "128"], "--block-size and --double-quant are for nf4"),
+        (["quantize", "--output", "new", "--quantize", "none"], "there is nothing to quantize"),
         (["finetune", "--base", "."], "has no config.json"),
         (["quantize", "--output", "taken"], "taken holds something already"),
         (["finetune", "--output", "taken"], "taken holds something already"),
@@ -222,4 +267,9 @@ def test_every_flag_is_in_the_help_with_its_default(verb, capsys):
 def test_no_flag_is_parsed_and_then_ignored(verb):
     source = pathlib.Path(cli.__file__).read_text(encoding="utf-8")
     for action in flags(verb):
-        assert f"options.{action.dest}" in source or f'"{action.dest}"' in source, action.dest
+        used = (
+            rf'options\.{action.dest}\b|"{action.dest}"'
+            if verb != "finetune"
+            else rf'options\.{action.dest}\b|"{action.dest}":'
+        )
+        assert re.search(used, source), action.dest

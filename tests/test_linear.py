@@ -210,3 +210,38 @@ def test_compiles_to_one_graph_with_lora_on_top():
     qlite.add_lora(model, qlite.LoRAConfig(r=2, dropout=0.0), seed=0)
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(torch.arange(10)), model(torch.arange(10)))
+
+
+class Tripled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_named_in_the_report():
+    model = nn.Sequential(nn.Linear(64, 64), Tripled(64, 64))
+    report = qlite.quantize_model(model)
+    assert report.overridden == {"1": "Tripled"} and "1 of them were Tripled, whose own forward" in str(report)
+
+
+def test_torchs_own_attention_still_runs_with_its_output_layer_left_dense():
+    model = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    report = qlite.quantize_model(model)
+    assert (
+        set(report.quantized) == {"linear1", "linear2"}
+        and "read by the module above" in report.skipped["self_attn.out_proj"][1]
+    )
+    assert qlite.add_lora(model, qlite.LoRAConfig(r=2)).targets == ("linear1", "linear2")
+    assert model(seeded(1, 3, 64)).shape == (1, 3, 64)
+
+
+def test_a_weight_that_is_computed_is_left_dense():
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)), nn.Linear(64, 64))
+    report = qlite.quantize_model(model)
+    assert set(report.quantized) == {"1"} and model(seeded(2, 64)).shape == (2, 64)
+
+
+def test_a_cast_takes_the_gradient_of_the_bias_along():
+    layer = layer_of(Linear4bit)
+    layer(seeded(2, 96)).sum().backward()
+    layer.half()
+    assert layer.bias.grad is not None and layer.bias.dtype == layer.bias.grad.dtype == torch.float16

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from qlite.data import ASSETS
+from qlite.data import ASSETS, read_faq
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,14 +43,12 @@ def test_there_is_one_block_of_code_for_the_main_job_and_one_for_each_task():
 
 
 @pytest.mark.skipif(not (ASSETS / "tiny-falcon" / "model.safetensors").is_file(), reason="needs the tiny base in qlite/assets")
-def test_its_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
+def test_its_code_runs_from_top_to_bottom_and_the_main_job_learns_the_answer(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    # The one change: a step instead of the eighty that the answer needs.
-    code = "\n".join(blocks("python")).replace("steps=80", "steps=1")
-    assert "steps=1," in code
     with torch.random.fork_rng(devices=[]):
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile("\n".join(blocks("python")), "README.md", "exec"), {})
     assert (tmp_path / "faq-lora" / "adapter_model.safetensors").is_file()
+    assert dict(read_faq(ASSETS / "faq.json"))["How can I create an account?"] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
