@@ -135,11 +135,11 @@ def _check_output(
             f"finetune: batches is a {type(batches).__name__} without state_dict and load_state_dict; a resumed run could "
             "not continue it. Use FAQBatches, or leave save_every and resume out"
         )
-    earlier = saved_run.checkpoints(folder)
-    if save_every and earlier and not resume:
+    earlier = [*saved_run.checkpoints(folder), *folder.glob("metrics.jsonl")]
+    if earlier and not resume:
         raise ValueError(
-            f"finetune: {earlier[0]} is of an earlier run, whose checkpoints this one would mix with its own; continue it "
-            "with resume=True, take another output_dir, or remove it"
+            f"finetune: {earlier[0]} is of an earlier run, whose files this one would replace or mix with its own; continue "
+            "it with resume=True, take another output_dir, or remove it"
         )
 
 
@@ -261,7 +261,7 @@ def finetune(
         accumulate: batches a step.
         schedule: "cosine", "linear" or "constant". warmup: share of the steps in which the learning rate rises.
         max_grad_norm: gradients are scaled down to this 2-norm over all parameters; None: never.
-        output_dir: gets metrics.jsonl, checkpoints and tensorboard/.
+        output_dir: gets metrics.jsonl, checkpoints and tensorboard/; without resume it holds no earlier run.
         save_every: steps between checkpoints of the whole state; None: none. save_total_limit: the newest so many stay.
         resume: continue from the newest whole checkpoint in output_dir, bit for bit on the CPU; from the start if none.
         tensorboard: write event files (needs the extra `train`).

@@ -445,10 +445,12 @@ def test_a_row_is_in_the_file_when_the_next_step_begins(tmp_path):
     assert seen == [0, 1, 2, 3]
 
 
-def test_a_new_run_starts_the_metrics_anew(tmp_path):
-    for steps in (5, 3):
-        tune(Toy(), GOOD, steps=steps, output_dir=tmp_path)
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+def test_a_new_run_does_not_replace_the_metrics_of_an_earlier_one(tmp_path):
+    tune(Toy(), GOOD, steps=3, output_dir=tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is of an earlier run"):
+        tune(Toy(), GOOD, steps=5, output_dir=tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -462,6 +464,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tune(Toy(), GOOD, steps=9, output_dir=tmp_path, tensorboard=True)
+    (tmp_path / "metrics.jsonl").unlink()
     tune(Toy(), GOOD, steps=5, output_dir=tmp_path, tensorboard=True)  # a new run takes the place of the old one
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     rows = read_metrics(tmp_path / "metrics.jsonl")
