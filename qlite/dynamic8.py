@@ -47,13 +47,22 @@ def dynamic_levels(signed: bool) -> Tensor:
 
 
 @functools.cache
-def dynamic_levels_on(device: torch.device, *, signed: bool) -> Tensor:
-    """Returns the table of `dynamic_levels` on a device, always the same tensor: to be read, not written.
-
-    A fresh one would be copied from the host at every call, and the host would wait for the device each time.
-    """
+def _kept_levels(device: torch.device, signed: bool) -> Tensor:
     with torch.inference_mode(False):
         return dynamic_levels(signed).to(device)
+
+
+def dynamic_levels_on(device: torch.device, *, signed: bool) -> Tensor:
+    """Returns the table of `dynamic_levels` on a device, to be read and not written.
+
+    On a GPU it is always the same tensor: a fresh one would be copied from the host at every call, and the host would wait.
+    """
+    if device.type != "cuda":
+        return dynamic_levels(signed).to(device)
+    table = _kept_levels(device, signed)
+    if type(table) is not Tensor:
+        _kept_levels.cache_clear()  # made under a mode of fake tensors: not for others
+    return table
 
 
 def reciprocal(absmax: Tensor) -> Tensor:

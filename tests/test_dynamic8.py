@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from qlite import dynamic8
 from qlite.dynamic8 import dequantize_dynamic8, dynamic_levels, quantize_dynamic8
 from tests.strategies import weights
 
@@ -157,3 +159,12 @@ def test_a_tie_takes_the_lower_level(signed):
 def test_bad_input_is_refused_by_name(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="tables are kept for GPUs")
+def test_a_table_made_under_fake_tensors_is_not_kept_for_real_ones():
+    device = torch.device("cuda", torch.cuda.current_device())
+    dynamic8._kept_levels.cache_clear()
+    with FakeTensorMode():
+        fake = dynamic8.dynamic_levels_on(device, signed=True)
+    assert isinstance(fake, FakeTensor) and dynamic8._kept_levels.cache_info().currsize == 0
