@@ -59,7 +59,7 @@ def _grouped(x: Tensor, per_tensor: bool, block_size: int) -> Tensor:
     x = x.float()
     if per_tensor:
         return x.reshape(1, 1, -1)
-    blocks = -(-x.shape[1] // block_size)
+    blocks = max(1, -(-x.shape[1] // block_size))  # a row without columns has a scale too
     return torch.nn.functional.pad(x, (0, blocks * block_size - x.shape[1])).view(x.shape[0], blocks, block_size)
 
 

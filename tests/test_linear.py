@@ -244,3 +244,11 @@ def test_a_cast_takes_the_gradient_of_the_bias_along():
     layer(seeded(2, 96)).sum().backward()
     layer.half()
     assert layer.bias.grad is not None and layer.bias.dtype == layer.bias.grad.dtype == torch.float16
+
+
+@pytest.mark.parametrize("kind", [Linear4bit, Linear8bit])
+def test_a_layer_without_inputs_gives_its_bias(kind):
+    layer = kind(0, 5).quantize_(torch.zeros(5, 0))
+    with torch.no_grad():
+        layer.bias.copy_(seeded(5))
+    assert torch.equal(layer(torch.zeros(2, 0)), seeded(5).expand(2, 5))
