@@ -56,8 +56,8 @@ class AdamWRule:
             bound: the largest magnitude let pass for exp_avg / (root of the corrected exp_avg_sq).
         """
         correction = 1 / math.sqrt(1 - self.beta2**self.step)
-        # By way of float64, whose root rounds to the nearest float32: PyTorch's own float32 root is not always the nearest
-        # one on a CPU (it is MKL's; 0.65 % of random values differ in the last bit), and on CUDA it is.
+        # By way of float64, whose root rounds to the nearest float32: on a CPU PyTorch's own float32 root, which
+        # is MKL's, is not always the nearest one.
         denominator = exp_avg_sq.double().sqrt().float().mul_(correction).add_(self.eps)
         move = exp_avg / denominator
         if self.eps == 0:

@@ -56,9 +56,12 @@ def resolve_folder(
 
     Raises:
         FileNotFoundError: neither a folder nor of the form owner/name, or the hub does not give it.
+        ValueError: a revision of a folder.
     """
     folder = pathlib.Path(path_or_repo_id)
     if os.path.isdir(folder):  # unlike Path.is_dir, it answers for a name that is too long to be one
+        if revision is not None:
+            raise ValueError(f"{folder} is a folder, which has no revision {revision!r}; leave it out, or name a hub id")
         return folder
     if os.path.exists(folder) or not re.fullmatch(r"[\w\-]+/[\w.\-]+", str(path_or_repo_id)) or ".." in str(path_or_repo_id):
         raise FileNotFoundError(f"{path_or_repo_id} is neither a folder nor a hub id of the form owner/name")

@@ -635,14 +635,17 @@ CONFIG_FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("damage", "error", "words"), CONFIG_FAULTS.values(), ids=CONFIG_FAULTS)
-def test_a_faulty_config_is_refused_before_a_tensor_is_read(damage, error, words, copied, monkeypatch):
-    folder = copied("single")
+def check_refusal_before_a_tensor_is_read(folder, damage, error, words, monkeypatch):
     damage(folder)
     monkeypatch.setattr(checkpoint, "read_tensor", refuse)
     with pytest.raises(error, match=words) as caught:
         qlite.load_falcon(folder)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(("damage", "error", "words"), CONFIG_FAULTS.values(), ids=CONFIG_FAULTS)
+def test_a_faulty_config_is_refused_before_a_tensor_is_read(damage, error, words, copied, monkeypatch):
+    check_refusal_before_a_tensor_is_read(copied("single"), damage, error, words, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -790,12 +793,7 @@ ENCODED_FAULTS = {
 
 @pytest.mark.parametrize(("base", "damage", "words"), ENCODED_FAULTS.values(), ids=ENCODED_FAULTS)
 def test_a_damaged_encoded_checkpoint_is_refused_before_a_tensor_is_read(base, damage, words, copied, monkeypatch):
-    folder = copied(base)
-    damage(folder)
-    monkeypatch.setattr(checkpoint, "read_tensor", refuse)
-    with pytest.raises(ValueError, match=words) as caught:
-        qlite.load_falcon(folder)
-    assert str(folder) in str(caught.value)
+    check_refusal_before_a_tensor_is_read(copied(base), damage, ValueError, words, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import pathlib
 import re
@@ -188,6 +189,38 @@ def test_an_interrupted_run_ends_in_one_line(faq, tmp_path, monkeypatch, capsys)
     assert "continued with --resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), subprocess.CalledProcessError(3, "no room"), FloatingPointError("no room")]
+)
+def test_work_that_fails_is_one_line_and_status_one(error, monkeypatch, capsys):
+    def failing(options):
+        raise error
+
+    monkeypatch.setattr(cli, "generate", failing)
+    assert cli.main(["generate", "a"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("qlite generate: ") and "no room" in said and len(said.splitlines()) == 1
+
+
+def without(package: str, monkeypatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+
+
+def test_without_matplotlib_there_is_a_note_and_no_curve(faq, tmp_path, monkeypatch, capsys):
+    without("matplotlib", monkeypatch)
+    assert cli.main(short(faq, tmp_path / "run", "--steps", "1")) == 0
+    assert "no loss curve: matplotlib is not installed" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"adapter", "metrics.jsonl"}
+
+
+def test_without_tensorboard_its_flag_is_an_error_before_any_work(tmp_path, monkeypatch, capsys):
+    without("tensorboard", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["finetune", "--tensorboard"]) == 2
+    assert "tensorboard is not installed" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_losses_that_are_not_finite_are_one_line_and_status_one(faq, tmp_path, capsys):
     assert cli.main(short(faq, tmp_path / "run", "--steps", "20", "--lr", "1e30", "--optimizer", "adamw")) == 1
     assert "had no finite loss and gradient" in capsys.readouterr().err
@@ -217,6 +250,7 @@ def test_a_file_of_questions_is_answered_line_by_line(faq, capsys):
         (["finetune", "--max-length", "20000"], "the base holds 1024 tokens"),
         (["finetune", "--max-length", "8"], "all 82 questions with their answers are longer than max_length=8"),
         (["generate", ""], "the question is empty"),
+        (["generate", "a", "--revision", "main"], "is a folder, which has no revision 'main'"),
         (["generate", "a", "--quantize", "int8", "--block-size", "128"], "--block-size and --double-quant are for nf4"),
         (["quantize", "--output", "new", "--quantize", "none"], "there is nothing to quantize"),
         (["finetune", "--base", "."], "has no config.json"),

@@ -867,9 +867,11 @@ def test_on_cuda_no_state_stays_on_the_device_between_steps():
 def test_on_cuda_a_step_with_float32_gradients_of_any_value_does_not_wait_for_the_device():
     optimizer = AdamW8bit(several(device="cuda"))
     advance(optimizer, gradients(2, *SHAPES))
+    before = params_of(optimizer)
     mode = torch.cuda.get_sync_debug_mode()
     try:
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error")  # waiting raises
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+    assert all(not torch.equal(old, new) for old, new in zip(before, params_of(optimizer), strict=True))

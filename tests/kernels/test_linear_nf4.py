@@ -50,7 +50,7 @@ def test_linear_nf4_and_its_gradient_are_as_near_to_float64_as_one_rounding_allo
 def test_the_kernel_runs_and_not_the_reference(monkeypatch):
     monkeypatch.setattr(nf4, "dequantize", lambda *arguments: pytest.fail("the reference ran on a CUDA tensor"))
     monkeypatch.setattr(nf4, "quantize", lambda *arguments: pytest.fail("the reference ran on a CUDA tensor"))
-    qlite.quantize_nf4(seeded(8, 64)).dequantize()
+    assert qlite.quantize_nf4(seeded(8, 64)).dequantize().is_cuda
 
 
 def test_no_decoded_weight_outlives_the_forward():
