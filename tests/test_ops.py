@@ -1,9 +1,7 @@
 """The seam: schemas, fakes and gradients of the ops, compilation, and what autograd keeps."""
 
 import dataclasses
-import pathlib
-import subprocess
-import sys
+import itertools
 
 import pytest
 import torch
@@ -207,26 +205,15 @@ def test_levels_are_the_default_table():
     assert qlite.quantize_nf4(torch.ones(1, 64)).levels.tolist() == list(NF4_LEVELS)
 
 
-ENCODE = """
-import pathlib, sys, torch, qlite
-
-def memory(line):
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(found.split()[1]) * 1024 for found in lines if found.startswith(line))
-
-torch.set_num_threads(1)
-encode = {"nf4": qlite.quantize_nf4, "int8": qlite.quantize_int8}[sys.argv[1]]
-encode(torch.randn(8, 4096).bfloat16())
-dense = torch.empty(4096, 4096, dtype=torch.bfloat16).normal_()
-before = memory("VmRSS")
-encoded = encode(dense)
-print(memory("VmHWM") - before)
-"""
-
-
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc/self/status")
 @pytest.mark.parametrize(("kind", "kept"), [("nf4", 0.6), ("int8", 2.1)])  # bytes a weight: int8 is joined from its parts
 def test_encoding_on_the_cpu_takes_no_more_than_a_chunk_beside_its_result(kind, kept):
-    done = subprocess.run([sys.executable, "-c", ENCODE, kind], capture_output=True, text=True, check=True, timeout=120)
-    # Measured: 38 MB and 40 MB; without chunks 286 MB and 268 MB.
-    assert int(done.stdout) <= kept * 4096**2 + 80 * nf4.CHUNK
+    encode = {"nf4": qlite.quantize_nf4, "int8": qlite.quantize_int8}[kind]
+    dense = seeded(4096, 4096, dtype=torch.bfloat16)
+    # What torch's allocator was asked for, to the byte: the size of the process depends on what malloc gives back, and when.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        encoded = encode(dense)
+    taken = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak, left = max(itertools.accumulate(taken)), sum(taken)
+    assert left >= encoded.codes.numel() >= dense.numel() / 2
+    # Measured: 27 MB and 34 MB, of which chunks are 18 and 0; without chunks 286 MB and 268 MB.
+    assert peak <= kept * dense.numel() + 24 * nf4.CHUNK
