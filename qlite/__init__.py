@@ -1,13 +1,15 @@
 """QLoRA as a library: 4-bit base weights, LoRA adapters and a paged 8-bit AdamW, from scratch in PyTorch and Triton."""
 
-from qlite.adapters import load_adapter, merge_adapter, push_adapter, save_adapter
+from qlite.adapters import load_adapter, save_adapter
 from qlite.checkpoint import load_checkpoint, load_falcon, save_checkpoint
 from qlite.data import faq_batches, load_tokenizer
 from qlite.falcon import Falcon, FalconConfig
 from qlite.generate import generate
+from qlite.hub import push_adapter
 from qlite.int8 import Int8Tensor
 from qlite.linear import Linear4bit, Linear8bit, quantize_model
 from qlite.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
+from qlite.merge import merge_adapter
 from qlite.nf4 import NF4Tensor
 from qlite.ops import quantize_int8, quantize_nf4
 from qlite.optim import AdamW8bit, PagedAdamW8bit

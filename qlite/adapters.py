@@ -1,4 +1,4 @@
-"""Adapters as files: PEFT's LoRA layout, written and read; pushed to the hub; merged into dense weights.
+"""Adapters as files: PEFT's LoRA layout, written and read.
 
 An adapter is a folder with adapter_config.json and adapter_model.safetensors, whose keys are
 `base_model.model.<layer>.lora_A.weight` (r, in_features) and `.lora_B.weight` (out_features, r), as PEFT 0.21 has them.
@@ -20,11 +20,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlite.linear import QuantizedLinear
 from qlite.lora import ALL_LINEAR, AdapterReport, LoRAConfig, LoRALinear, add_lora
 from qlite.storage import FLOATS, read_header, read_json, read_metadata, read_tensor, resolve_folder, sync
 
-CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FINGERPRINT = "qlite_base_fingerprint"
 #: Keys of adapter_config.json that change the numbers, and the only values that are supported.
@@ -51,7 +50,8 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Returns the layers that carry an adapter, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
@@ -89,7 +89,7 @@ def save_adapter(model: nn.Module, folder: str | pathlib.Path, *, base_id: str |
         >>> report = qlite.add_lora(model, qlite.LoRAConfig(r=2))
         >>> folder = qlite.save_adapter(model, "adapter")  # doctest: +SKIP
     """
-    adapted = _adapted(model)
+    adapted = adapted_layers(model)
     if not adapted:
         raise ValueError(f"save_adapter: {type(model).__name__} has no adapters; call add_lora first")
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]
@@ -135,7 +135,8 @@ def save_adapter(model: nn.Module, folder: str | pathlib.Path, *, base_id: str |
     return folder
 
 
-def _read_config(folder: pathlib.Path) -> tuple[LoRAConfig, dict[str, Any]]:
+def read_config(folder: pathlib.Path) -> tuple[LoRAConfig, dict[str, Any]]:
+    """Returns what adapter_config.json says: checked, and as it stands; ValueError for what is not supported."""
     values = read_json(folder / CONFIG)
     where = folder / CONFIG
     if values.get("peft_type") != "LORA":
@@ -160,7 +161,7 @@ def _read_config(folder: pathlib.Path) -> tuple[LoRAConfig, dict[str, Any]]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _read_tensors(folder: pathlib.Path, r: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(folder: pathlib.Path, r: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns `<layer>.lora_A` and `.lora_B` by name, float32, of rank r, and the file's metadata."""
     path = folder / TENSORS
     header = read_header(path)
@@ -217,8 +218,8 @@ def load_adapter(
         >>> qlite.load_adapter(model, "faq-lora/")  # doctest: +SKIP
     """
     folder = resolve_folder(folder_or_repo_id, revision=revision)
-    config, values = _read_config(folder)
-    tensors, metadata = _read_tensors(folder, config.r)
+    config, values = read_config(folder)
+    tensors, metadata = read_tensors(folder, config.r)
     ours, theirs = getattr(model, "base_fingerprint", None), metadata.get(FINGERPRINT)
     if ours and theirs and ours != theirs:
         raise ValueError(
@@ -226,11 +227,11 @@ def load_adapter(
             f"this model is {getattr(model, 'base_id', 'unknown')}, fingerprint {ours[:12]}..."
         )
     layers = _check_fit(model, tensors, config.r, str(folder))
-    adapted = _adapted(model)
+    adapted = adapted_layers(model)
     report = None
     if not adapted:
         report = add_lora(model, LoRAConfig(config.r, config.alpha, config.dropout, _expression(layers)))
-        adapted = _adapted(model)
+        adapted = adapted_layers(model)
     if set(adapted) != set(layers) or any(m.lora_A.shape[0] != config.r for m in adapted.values()):
         raise ValueError(f"{folder}: the model carries adapters on other layers or of another rank; load a fresh base")
     with torch.no_grad():
@@ -240,88 +241,3 @@ def load_adapter(
             module.lora_B.copy_(tensors[f"{layer}.lora_B"])
     model.lora_config = config  # type: ignore[assignment]
     return report
-
-
-def _card(config: LoRAConfig, values: dict[str, Any]) -> str:
-    base, targets = values.get("base_model_name_or_path"), values["target_modules"]
-    # The hub refuses a card whose base_model is not of the form of an id, such as the path of a folder.
-    known = isinstance(base, str) and re.fullmatch(r"[\w\-]+/[\w.\-]+", base) and not pathlib.Path(base).exists()
-    front = {"base_model": base if known else None, "library_name": "peft", "tags": ["lora", "qlora", "qlite"]}
-    lines = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value]
-    return "\n".join(
-        [
-            "---", *lines, "---", "",
-            f"LoRA adapter for {base or 'a base that its config does not name'}: r={config.r}, "
-            f"alpha={config.alpha}, on {targets if isinstance(targets, str) else ', '.join(targets)}.", "",
-            "Load it with `qlite.load_adapter(model, ...)`, or with PEFT.", "",
-        ]
-    )  # fmt: skip
-
-
-def push_adapter(folder: str | pathlib.Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-    """Returns the address of a commit on the hub that holds the adapter of a folder.
-
-    Only adapter_config.json, adapter_model.safetensors and README.md are uploaded. A README.md is made where the folder
-    has none; the folder itself is left as it is.
-
-    Args:
-        folder: as save_adapter wrote it. repo_id: "owner/name", created where it is not there.
-        private: of a repository that is created. token: of the hub; default: the one huggingface_hub has stored.
-
-    Raises:
-        FileNotFoundError, ValueError: the folder holds no whole adapter; nothing was uploaded.
-
-    Example:
-        >>> qlite.push_adapter("faq-lora/", "me/falcon-7b-faq")  # doctest: +SKIP
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    folder = pathlib.Path(folder)
-    config, values = _read_config(folder)
-    _read_tensors(folder, config.r)
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    operations = [CommitOperationAdd(name, str(folder / name)) for name in (CONFIG, TENSORS)]
-    if (folder / CARD).is_file():
-        operations.append(CommitOperationAdd(CARD, str(folder / CARD)))
-    elif not api.file_exists(repo_id, CARD):
-        operations.append(CommitOperationAdd(CARD, _card(config, values).encode()))
-    return api.create_commit(repo_id, operations, commit_message="Upload a LoRA adapter").commit_url
-
-
-@torch.no_grad()
-def merge_adapter(model: nn.Module) -> nn.Module:
-    """Returns the model, its adapted layers replaced in place by dense ones of weight `base + scaling * B A`.
-
-    The base is the decoded weight that the adapter was trained on; the sum is made in float32 and rounded once to the
-    dtype of the base. Layers without an adapter stay as they are, encoded ones encoded. The model is another base now: it
-    loses `base_fingerprint` and `base_id`.
-
-    Raises:
-        ValueError: the model has no adapters. TypeError: an adapter on a layer that is neither dense nor encoded.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        >>> report = qlite.add_lora(model, qlite.LoRAConfig(r=2))
-        >>> type(qlite.merge_adapter(model)[0]).__name__
-        'Linear'
-    """
-    adapted = _adapted(model)
-    if not adapted:
-        raise ValueError(f"merge_adapter: {type(model).__name__} has no adapters")
-    for name, module in adapted.items():
-        if not isinstance(module.base, (QuantizedLinear, nn.Linear)):
-            raise TypeError(f"merge_adapter: {name} adapts a {type(module.base).__name__}; wanted a linear layer")
-    for name, module in adapted.items():
-        base = module.base
-        assert isinstance(base, (QuantizedLinear, nn.Linear))
-        dense = base.dequantize() if isinstance(base, QuantizedLinear) else base.weight
-        merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta", dtype=dense.dtype)
-        merged.weight = nn.Parameter((dense.float() + module.delta()).to(dense.dtype), requires_grad=False)
-        merged.bias = base.bias  # type: ignore[assignment]
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, merged.train(module.training))
-    for attribute in ("lora_config", "base_fingerprint", "base_id"):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
-    return model

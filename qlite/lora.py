@@ -4,7 +4,7 @@ Hu et al., LoRA (arXiv 2106.09685), section 4.1. The wrapper is blind to what it
 `out_features` and a call, dense or encoded. A starts uniform and B at zero, so an untrained adapter changes nothing. The
 adapter weights are float32 whatever the base computes in; the products run in the dtype of x.
 
-Not done here: files (adapters.py), merging into a dense weight (adapters.py), DoRA and other relatives.
+Not done here: files (adapters.py), merging a whole model (merge.py), DoRA and other relatives.
 """
 
 from __future__ import annotations
@@ -111,9 +111,13 @@ class LoRALinear(nn.Module):
         update = nn.functional.linear(low_rank, self.lora_B.to(result.dtype))
         return result + update * self.scaling
 
-    def delta(self) -> Tensor:
-        """Returns the update of the weight, scaling * B A, float32 (out_features, in_features)."""
-        return (self.lora_B @ self.lora_A) * self.scaling
+    def merged(self, dense: Tensor) -> Tensor:
+        """Returns the weight that does what base and adapter do together, float32 (out_features, in_features).
+
+        Args:
+            dense: the weight of the base, (out_features, in_features).
+        """
+        return dense.float() + (self.lora_B @ self.lora_A) * self.scaling
 
     def extra_repr(self) -> str:
         """Returns what `print(module)` shows beside the children."""

@@ -6,12 +6,10 @@ import json
 import os
 import pathlib
 import tempfile
-import types
 
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -19,20 +17,10 @@ from torch import nn
 
 import qlite
 from qlite import adapters
-from qlite.adapters import CARD, CONFIG, FINGERPRINT, PREFIX, TENSORS
-from qlite.linear import QuantizedLinear
-from qlite.lora import LoRALinear
-from qlite.nf4 import FP4_LEVELS
+from qlite.adapters import CONFIG, FINGERPRINT, PREFIX, TENSORS
 from qlite.storage import read_metadata
-from tests.falcons import FLAVOURS, falcon_of, tokens_of
+from tests.adapted import KINDS, UP, A, B, adapt, adapted, base_of, edit, edit_tensors, kinds, logits, stored_bytes
 
-KINDS = {
-    "dense": None,
-    "nf4": qlite.Linear4bit,
-    "fp4": functools.partial(qlite.Linear4bit, levels=FP4_LEVELS, double_quant=False),
-    "int8": qlite.Linear8bit,
-}
-kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 TARGETS = (
     "all-linear",
     ["query_key_value"],
@@ -43,32 +31,6 @@ TARGETS = (
     r".*\.h\.1\..*dense.*",
     r"transformer\.h\.0\.self_attention\.dense|.*4h_to_h",
 )
-UP = "transformer.h.0.mlp.dense_h_to_4h"
-
-
-def base_of(kind=None, flavour="7b", dtype=torch.float32, seed=0):
-    model = falcon_of(FLAVOURS[flavour], seed=seed, dtype=dtype)
-    if kind is not None:
-        qlite.quantize_model(model, kind)
-    return model
-
-
-def adapt(model, seed=1, **options):
-    """Adds adapters that change what the model says: B is not zero."""
-    options = {"r": 3, "alpha": 8.0, "dropout": 0.0, **options}
-    report = qlite.add_lora(model, qlite.LoRAConfig(**options), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for module in adapted(model).values():
-        module.lora_B.data = torch.randn(module.lora_B.shape, generator=generator) * 0.1
-    return report
-
-
-def adapted(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def logits(model):
-    return model(tokens_of(model.config, 2, 7))
 
 
 def state_of(model):
@@ -76,10 +38,6 @@ def state_of(model):
     tensors = {name: (t.dtype, tuple(t.shape), t.detach().flatten().tolist()) for name, t in model.state_dict().items()}
     rates = {name: (module.scaling, module.dropout.p) for name, module in adapted(model).items()}
     return tensors, rates, getattr(model, "lora_config", None), [p.requires_grad for p in model.parameters()]
-
-
-def stored_bytes(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 # Saved and loaded.
@@ -188,11 +146,11 @@ def test_saving_over_an_adapter_replaces_it_and_keeps_the_other_files(tmp_path):
     adapt(first, r=2, targets=["dense"])
     adapt(second, r=5, seed=9)
     qlite.save_adapter(first, tmp_path)
-    (tmp_path / CARD).write_text("mine")
+    (tmp_path / "README.md").write_text("mine")
     (tmp_path / "checkpoint-5").mkdir()
     qlite.save_adapter(second, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {CARD, CONFIG, TENSORS, "checkpoint-5"}
-    assert (tmp_path / CARD).read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", CONFIG, TENSORS, "checkpoint-5"}
+    assert (tmp_path / "README.md").read_text() == "mine"
     again = base_of()
     qlite.load_adapter(again, tmp_path)
     assert torch.equal(logits(again), logits(second))
@@ -409,18 +367,6 @@ def test_where_one_of_them_has_no_fingerprint_the_shapes_decide(forgotten, tmp_p
 # Bad input.
 
 
-def edit(folder, **changes):
-    """Changes keys of the config; `...` takes one away."""
-    values = json.loads((folder / CONFIG).read_text()) | changes
-    (folder / CONFIG).write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
-
-
-def edit_tensors(folder, changes):
-    tensors = load_file(folder / TENSORS) | {PREFIX + name: tensor for name, tensor in changes.items()}
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / TENSORS)
-
-
-A, B = f"{UP}.lora_A.weight", f"{UP}.lora_B.weight"
 UNSUPPORTED = [
     ("bias", "all"), ("bias", "lora_only"), ("use_dora", True), ("use_rslora", True), ("lora_bias", True),
     ("fan_in_fan_out", True), ("use_qalora", True), ("modules_to_save", ["lm_head"]), ("rank_pattern", {"dense": 4}),
@@ -571,237 +517,3 @@ def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     qlite.load_adapter(again, "me/faq", revision="v1")
     assert asked == [("me/faq", "v1")] and torch.equal(logits(again), logits(model))
-
-
-# Merging.
-
-
-def layer_of(kind, dtype, in_features=64, out_features=32):
-    generator = torch.Generator().manual_seed(4)
-    dense = nn.Linear(in_features, out_features, dtype=dtype)
-    dense.weight.data = torch.randn(out_features, in_features, generator=generator).to(dtype)
-    dense.bias.data = torch.randn(out_features, generator=generator).to(dtype)
-    model = nn.Sequential(dense)
-    if kind is not None:
-        qlite.quantize_model(model, kind)
-    return model
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@given(
-    kind=st.sampled_from(list(KINDS)), r=st.integers(1, 6), alpha=st.floats(0.1, 64), sizes=st.tuples(*[st.integers(1, 70)] * 2)
-)
-def test_a_merged_weight_is_the_sum_rounded_once(dtype, kind, r, alpha, sizes):
-    model = layer_of(KINDS[kind], dtype, *sizes)
-    adapt(model, r=r, alpha=alpha)
-    layer = model[0]
-    dense = layer.base.weight if kind == "dense" else layer.base.dequantize()
-    a, b = layer.lora_A.double(), layer.lora_B.double()
-    exact = dense.double() + layer.scaling * b @ a
-    merged = qlite.merge_adapter(model)[0]
-    # The product of r terms and the scale round r + 1 times and the sum once, all in float32, relative to the magnitudes
-    # that are added; then the result once, to its dtype. Below the smallest normal number a step is the smallest subnormal.
-    terms = (r + 3) * 2**-24 * (dense.double().abs() + layer.scaling * b.abs() @ a.abs())
-    last = torch.finfo(dtype).eps / 2 * (exact.abs() + terms) + torch.finfo(dtype).smallest_normal
-    assert bool(((merged.weight.double() - exact).abs() <= terms + last).all())
-    assert merged.weight.dtype == dtype
-
-
-@kinds
-@pytest.mark.parametrize("flavour", ["7b", "rw"])
-def test_a_merged_model_says_what_the_adapted_one_says(kind, flavour, tmp_path):
-    model = base_of(kind, flavour)
-    adapt(model)
-    before = logits(model)
-    merged = qlite.merge_adapter(model)
-    assert merged is model and not adapted(model)
-    # Two models of float32 weights that differ by a rounding, through two blocks: 2^-24 times the sums of a few hundred
-    # terms in six matrix products each.
-    assert (logits(model) - before).norm() <= 2**-18 * before.norm()
-    qlite.save_checkpoint(model, tmp_path / "merged")
-    assert torch.equal(logits(qlite.load_falcon(tmp_path / "merged", dtype=torch.float32)), logits(model))
-
-
-def test_merging_leaves_plain_frozen_linears_with_their_biases_and_the_other_layers_encoded():
-    model = base_of(qlite.Linear4bit, "rw")
-    adapt(model, targets=["dense"])
-    others = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    biases = {name: module.base.bias for name, module in adapted(model).items()}
-    before = {name: module.weight.clone() for name, module in others.items()}
-    qlite.merge_adapter(model)
-    for name, bias in biases.items():
-        layer = model.get_submodule(name)
-        assert type(layer) is nn.Linear and layer.bias is bias and not layer.weight.requires_grad
-        assert (layer.in_features, layer.out_features) == (48, 48) and not layer.training
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            assert module is others[name] and torch.equal(module.weight, before[name])
-    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 6
-
-
-def test_a_merged_model_takes_new_adapters_and_is_another_base(tmp_path):
-    qlite.save_checkpoint(base_of(), tmp_path / "base")
-    model = qlite.load_falcon(tmp_path / "base", quantize=qlite.Linear4bit)
-    old = model.base_fingerprint
-    adapt(model, targets=["dense"])
-    qlite.merge_adapter(model)
-    assert not hasattr(model, "lora_config")
-    qlite.save_checkpoint(model, tmp_path / "merged")
-    merged = qlite.load_falcon(tmp_path / "merged")
-    assert merged.base_fingerprint != old
-    adapt(model, seed=9)
-    qlite.save_adapter(model, tmp_path / "adapter")
-    assert FINGERPRINT not in read_metadata(tmp_path / "adapter" / TENSORS)
-    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["base_model_name_or_path"] is None
-    qlite.load_adapter(merged, tmp_path / "adapter")
-    assert torch.equal(logits(merged), logits(model))
-
-
-def test_there_must_be_something_to_merge():
-    with pytest.raises(ValueError, match="Sequential has no adapters"):
-        qlite.merge_adapter(nn.Sequential(nn.Linear(4, 4)))
-
-
-class Foreign(nn.Module):
-    """Looks like a linear layer, and keeps its weight in a way that nobody here knows."""
-
-    def __init__(self):
-        super().__init__()
-        self.in_features, self.out_features, self.kept = 4, 4, nn.Parameter(torch.ones(4))
-
-    def forward(self, x):
-        return x * self.kept
-
-
-def test_an_adapter_on_a_layer_that_cannot_be_merged_is_an_error_and_nothing_is_merged():
-    model = nn.Sequential(nn.Linear(4, 4), Foreign())
-    adapt(model)
-    before = model(torch.ones(1, 4))
-    with pytest.raises(TypeError, match="1 adapts a Foreign; wanted a linear layer"):
-        qlite.merge_adapter(model)
-    assert len(adapted(model)) == 2 and torch.equal(model(torch.ones(1, 4)), before)
-
-
-# The hub.
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub that notes what it is told and holds the files of `has`. Nothing leaves the machine."""
-
-    class Hub:
-        has: tuple[str, ...] = ()
-        token = created = repository = files = None
-
-        def __call__(self, token=None):
-            self.token = token
-            return self
-
-        def create_repo(self, repo_id, **options):
-            self.created = (repo_id, options)
-
-        def file_exists(self, repo_id, filename):
-            return filename in self.has
-
-        def create_commit(self, repo_id, operations, **options):
-            self.repository = repo_id
-            self.files = {}
-            for operation in operations:
-                with operation.as_file() as file:
-                    self.files[operation.path_in_repo] = file.read()
-            return types.SimpleNamespace(commit_url="https://hub/commit/1")
-
-    hub = Hub()
-    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
-    return hub
-
-
-@pytest.fixture
-def folder(tmp_path):
-    model = base_of()
-    adapt(model)
-    model.base_id = "tiiuae/falcon-7b"
-    return qlite.save_adapter(model, tmp_path / "faq-lora")
-
-
-def test_three_files_are_pushed_to_a_private_repository_and_nothing_else(folder, hub):
-    for name in (".env", "optimizer.pt", "state.safetensors", f".{TENSORS}.tmp"):
-        (folder / name).write_text("secret")
-    before = stored_bytes(folder)
-    assert qlite.push_adapter(folder, "me/faq", token="t") == "https://hub/commit/1"
-    assert hub.created == ("me/faq", {"private": True, "exist_ok": True}) and hub.repository == "me/faq" and hub.token == "t"
-    assert set(hub.files) == {CONFIG, TENSORS, CARD}
-    assert {name: hub.files[name] for name in (CONFIG, TENSORS)} == {name: before[name] for name in (CONFIG, TENSORS)}
-    assert stored_bytes(folder) == before
-
-
-def test_a_repository_can_be_public_when_that_is_asked_for(folder, hub):
-    qlite.push_adapter(folder, "me/faq", private=False)
-    assert hub.created[1]["private"] is False and hub.token is None
-
-
-def test_a_card_of_ones_own_is_pushed_as_it_is(folder, hub):
-    (folder / CARD).write_text("# mine")
-    qlite.push_adapter(folder, "me/faq")
-    assert hub.files[CARD] == b"# mine"
-
-
-def test_a_card_that_the_repository_has_is_not_overwritten(folder, hub):
-    hub.has = (CARD,)
-    qlite.push_adapter(folder, "me/faq")
-    assert set(hub.files) == {CONFIG, TENSORS} and not (folder / CARD).exists()
-
-
-def test_the_card_names_the_base_and_what_the_adapter_is(folder, hub):
-    qlite.push_adapter(folder, "me/faq")
-    card = ModelCard(hub.files[CARD].decode())
-    assert card.data.base_model == "tiiuae/falcon-7b" and card.data.library_name == "peft"
-    assert set(card.data.tags) == {"lora", "qlora", "qlite"}
-    assert "r=3, alpha=8.0, on dense, dense_4h_to_h, dense_h_to_4h, query_key_value." in card.text
-
-
-@pytest.mark.parametrize("base", [None, "/models/falcon", "falcon", "a/b/c", "./falcon/7b", ["a/b"], "tests/falcons"])
-def test_a_base_that_is_no_hub_id_is_not_claimed_to_be_one(base, folder, hub, monkeypatch):
-    # The hub refuses a card whose base_model is not of the form of an id.
-    (folder / "tests" / "falcons").mkdir(parents=True)
-    monkeypatch.chdir(folder)
-    edit(folder, base_model_name_or_path=base)
-    qlite.push_adapter(folder, "me/faq")
-    assert ModelCard(hub.files[CARD].decode()).data.base_model is None
-
-
-def test_a_card_can_be_made_from_the_little_that_peft_needs(folder, hub):
-    model = base_of()
-    adapt(model, r=8)
-    qlite.save_adapter(model, folder)
-    (folder / CONFIG).write_text('{"peft_type": "LORA", "target_modules": ".*dense"}')
-    qlite.push_adapter(folder, "me/faq")
-    assert "a base that its config does not name: r=8, alpha=8, on .*dense." in hub.files[CARD].decode()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda f: os.truncate(f / TENSORS, 3000),
-        lambda f: (f / TENSORS).write_bytes(b""),
-        lambda f: edit_tensors(f, {A: None}),
-        lambda f: edit_tensors(f, {B: torch.full((192, 3), float("nan"))}),
-        lambda f: edit(f, r=4),
-        lambda f: edit(f, use_dora=True),
-        lambda f: (f / CONFIG).write_text("{"),
-    ],
-    ids=["short", "empty", "half", "not finite", "another rank", "not supported", "no JSON"],
-)
-def test_nothing_is_pushed_of_a_damaged_folder(damage, folder, hub):
-    damage(folder)
-    with pytest.raises(ValueError):
-        qlite.push_adapter(folder, "me/faq")
-    assert hub.created is None and hub.files is None
-
-
-@pytest.mark.parametrize("missing", [CONFIG, TENSORS])
-def test_nothing_is_pushed_of_half_a_folder(missing, folder, hub):
-    (folder / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=missing):
-        qlite.push_adapter(folder, "me/faq")
-    assert hub.created is None and hub.files is None

@@ -52,7 +52,7 @@ def test_the_adapter_adds_its_delta_to_the_weight(kind, in_features, out_feature
     layer.lora_B.data = seeded(out_features, r, seed=6)
     dense = base.weight.detach() if kind is None else base.dequantize()
     x = seeded(3, in_features)
-    merged = nn.functional.linear(x.double(), dense.double() + layer.delta().double(), base.bias.double())
+    merged = nn.functional.linear(x.double(), dense.double() + layer.merged(torch.zeros(())).double(), base.bias.double())
     # Sums of in_features + r float32 terms; magnitudes as a float64 product of absolute values.
     magnitude = (
         x.double().abs() @ (dense.double().abs() + layer.scaling * layer.lora_B.double().abs() @ layer.lora_A.double().abs()).T
@@ -93,7 +93,7 @@ def test_dropout_acts_on_the_adapter_and_not_on_the_base():
     torch.manual_seed(0)
     updates = torch.stack([layer(x) - layer.base(x) for _ in range(50)])
     assert not torch.equal(updates[0], updates[1])
-    exact = x @ layer.delta().T
+    exact = x @ layer.merged(torch.zeros(())).T
     # The mean of 50 masks: each share of noise is about 1 / sqrt(50) of the update.
     assert (updates.mean(dim=0) - exact).norm() / exact.norm() < 0.2
     layer.eval()
