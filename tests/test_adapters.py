@@ -1,5 +1,6 @@
 """Adapters as files: what is written comes back bit for bit, what does not fit is refused by name, what is merged is exact."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -254,6 +255,7 @@ def test_every_kind_of_adapter_comes_back_bit_for_bit(kind, options, tmp_path):
 def test_an_adapter_that_began_as_pissa_is_saved_as_one_of_twice_the_rank_that_fits_the_base(rslora, tmp_path):
     model, again = base_of(qlite.Linear4bit), base_of(qlite.Linear4bit)
     config = qlite.LoRAConfig(r=3, alpha=6.0, dropout=0.0, init="pissa", rslora=rslora, rank_pattern={"dense": 2})
+    config = dataclasses.replace(config, alpha_pattern={"query_key_value": 1.5})
     qlite.add_lora(model, config, seed=0)
     for parameter in qlite.lora_parameters(model):
         parameter.data *= 1.2
@@ -354,6 +356,16 @@ def test_names_that_end_other_names_come_back_as_the_same_layers(names, tmp_path
     qlite.save_adapter(model, tmp_path)
     report = qlite.load_adapter(again, tmp_path)
     assert set(adapted(again)) == names == set(report.targets)
+    assert torch.equal(again(torch.ones(2, 4)), model(torch.ones(2, 4)))
+
+
+def test_a_rank_of_its_own_is_not_that_of_a_name_that_ends_in_it(tmp_path):
+    model, again = Nested(), Nested()
+    again.load_state_dict(model.state_dict())
+    adapt(model, targets=list(NAMES[:3]), rank_pattern={r"^up": 5, r"block\.up": 2})
+    assert [adapted(model)[name].lora_A.shape[0] for name in NAMES[:3]] == [5, 2, 3]
+    qlite.save_adapter(model, tmp_path)
+    qlite.load_adapter(again, tmp_path)
     assert torch.equal(again(torch.ones(2, 4)), model(torch.ones(2, 4)))
 
 
