@@ -360,13 +360,12 @@ def test_names_that_end_other_names_come_back_as_the_same_layers(names, tmp_path
 
 
 def test_a_rank_of_its_own_is_not_that_of_a_name_that_ends_in_it(tmp_path):
-    model, again = Nested(), Nested()
-    again.load_state_dict(model.state_dict())
-    adapt(model, targets=list(NAMES[:3]), rank_pattern={r"^up": 5, r"block\.up": 2})
-    assert [adapted(model)[name].lora_A.shape[0] for name in NAMES[:3]] == [5, 2, 3]
+    # "a" comes first in the file, and ends the other's name.
+    model, again = (nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.ModuleDict({"a": nn.Linear(4, 4)})}) for _ in range(2))
+    adapt(model, targets=["a"], rank_pattern={r"b\.a": 2, "a": 5})
     qlite.save_adapter(model, tmp_path)
     qlite.load_adapter(again, tmp_path)
-    assert torch.equal(again(torch.ones(2, 4)), model(torch.ones(2, 4)))
+    assert [module.lora_A.shape[0] for module in adapted(again).values()] == [5, 2]
 
 
 @pytest.mark.parametrize("name", ["a+", "(", "[a", "a|b", "all-linear", "base", "dropout"])
