@@ -160,7 +160,9 @@ def save_adapter(model: nn.Module, folder: str | pathlib.Path, *, base_id: str |
     temporary = {name: folder / f".{name}.tmp" for name in (TENSORS, CONFIG)}
     try:
         save_file(tensors, temporary[TENSORS], metadata=metadata)
-        temporary[CONFIG].write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        # Not sort_keys: of the keys of a pattern the first that matches counts.
+        text = json.dumps(dict(sorted(values.items())), indent=2)
+        temporary[CONFIG].write_text(text + "\n", encoding="utf-8")
         header = read_header(temporary[TENSORS])
         if header.keys() != tensors.keys() or not all(_same(header[name], tensor) for name, tensor in tensors.items()):
             raise OSError(f"save_adapter: {temporary[TENSORS]} does not hold what was written to it; is the disk sound?")
