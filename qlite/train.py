@@ -167,9 +167,9 @@ def _describe(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, A
         "base": getattr(model, "base_fingerprint", None),
         "dtype": str(next(model.parameters()).dtype),
         "layers": dict(layers),
-        "lora": None if lora is None else dataclasses.asdict(lora),
         "lr": [float(group["lr"]) for group in optimizer.param_groups],
     }
+    described |= {} if lora is None else {f"lora {key}": value for key, value in dataclasses.asdict(lora).items()}
     for i, group in enumerate(optimizer.param_groups):
         described[f"group {i} params"] = [names.get(id(p)) for p in group["params"]]
         described |= {f"group {i} {key}": value for key, value in group.items() if key not in ("params", "lr")}
