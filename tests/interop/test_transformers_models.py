@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import pathlib
 
 import peft
@@ -334,6 +335,30 @@ def test_training_keeps_codes_of_experts_and_no_decoded_matrix(name):
     assert len(codes & {t.data_ptr() for t in kept}) > len(stacks)
 
 
+def peak_of_a_step(model):
+    """The most bytes that torch's allocator had given out at once in a training step, above those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss_of(model, tokens(2, 32)).backward()
+    events = profiler.profiler.kineto_results.events()
+    taken = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in taken))
+
+
+def test_a_training_step_takes_a_few_decoded_matrices_more_than_over_dense_experts():
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_local_experts": 8, "vocab_size": 128}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**{**GROUPED, **shape}))
+    dense = copy.deepcopy(model)
+    dense.set_experts_implementation("eager")
+    qlite.quantize_model(model)
+    for which in (dense, model):
+        adapt(which, "mixtral")
+    matrix = 4 * 2 * 512 * 256
+    # Measured: 1.5 matrices more. One stack of one layer is eight, and two layers have four stacks.
+    assert peak_of_a_step(model) < peak_of_a_step(dense) + 3 * matrix
+    encoded = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert encoded < 0.2 * sum(p.nbytes for p in dense.parameters())
+
+
 def test_without_their_stacks_nine_tenths_of_a_mixture_would_stay_dense_and_the_report_says_so():
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_local_experts": 8, "vocab_size": 128}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**{**GROUPED, **shape}))
@@ -430,6 +455,19 @@ def test_our_loop_resumes_it_bit_for_bit(name, tmp_path):
         counts.append(len(done))
     assert counts == [6, 3, 3]
     assert all(torch.equal(states[0][key], states[2][key]) for key in states[0])
+
+
+def test_a_run_over_experts_that_are_encoded_otherwise_is_not_resumed(tmp_path):
+    for kind, words in ((qlite.Linear4bit, None), (qlite.Linear8bit, "layers")):
+        model = dense_of("mixtral")
+        qlite.quantize_model(model, skip=["lm_head", "experts"])
+        qlite.quantize_model(model, kind, skip=["lm_head"])
+        adapt(model, "mixtral")
+        optimizer = qlite.AdamW8bit(qlite.lora_parameters(model))
+        batches = qlite.data.FAQBatches(PAIRS, tokenizer_of(), end_of_text="</s>")
+        options = {"steps": 1, "save_every": 1, "resume": True, "progress": False, "output_dir": tmp_path}
+        with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+            qlite.finetune(model, batches, optimizer, **options)
 
 
 PAIRS = [("Where is my parcel?", "On its way."), ("Who are you?", "A shop."), ("When?", "Now.")]
