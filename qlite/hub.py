@@ -52,7 +52,7 @@ def push_adapter(folder: str | pathlib.Path, repo_id: str, *, private: bool = Tr
 
     folder = pathlib.Path(folder)
     config, values = read_config(folder)
-    read_tensors(folder, config.r)
+    read_tensors(folder, config)
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     operations = [CommitOperationAdd(name, str(folder / name)) for name in (CONFIG, TENSORS)]
