@@ -7,12 +7,13 @@ from qlite.falcon import Falcon, FalconConfig
 from qlite.generate import generate
 from qlite.hub import push_adapter
 from qlite.int8 import Int8Tensor
-from qlite.linear import Linear4bit, Linear8bit, quantize_model
+from qlite.linear import Linear4bit, Linear8bit
 from qlite.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
 from qlite.merge import merge_adapter
 from qlite.nf4 import NF4Tensor
 from qlite.ops import quantize_int8, quantize_nf4
 from qlite.optim import AdamW8bit, PagedAdamW8bit
+from qlite.quantize import quantize_model
 from qlite.train import finetune
 
 __all__ = [

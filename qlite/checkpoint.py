@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlite.falcon import Falcon, FalconConfig
-from qlite.linear import Linear4bit, Linear8bit, QuantizedLinear, quantize_model
+from qlite.linear import Linear4bit, Linear8bit, QuantizedLinear
 from qlite.nf4 import FP4_LEVELS, NF4_LEVELS
 from qlite.ops import levels_tensor
+from qlite.quantize import quantize_model
 from qlite.storage import (
     DTYPES,
     FLOATS,

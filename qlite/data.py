@@ -1,8 +1,9 @@
 """Questions and answers to token batches: one prompt template, and a loss mask that covers the answer alone.
 
-A row is `Question: ...\\nAnswer: ...<|endoftext|>`. The labels are -100 up to and including "Answer:", so that the loss
-counts the tokens of the answer and the end-of-text token. The mask follows positions, never token values: Falcon pads with
-its end-of-text token, and a mask by value would keep a model from ever learning to stop.
+A row is `Question: ...\\nAnswer: ...<|endoftext|>`, or ends with another token that is named. The labels are -100 up to
+and including "Answer:", so that the loss counts the tokens of the answer and the end-of-text token. The mask follows
+positions, never token values: Falcon pads with its end-of-text token, and a mask by value would keep a model from ever
+learning to stop.
 
 Not done here: other templates, packing of several answers into a row, streaming of files larger than memory.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -35,16 +37,19 @@ def format_prompt(question: str) -> str:
     return f"Question: {question.strip()}\nAnswer:"
 
 
-def load_tokenizer(path_or_repo_id: str | pathlib.Path, *, revision: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    path_or_repo_id: str | pathlib.Path, *, revision: str | None = None, end_of_text: str = END_OF_TEXT
+) -> Tokenizer:
     """Returns the tokenizer of a folder or of a repository on the hub, with padding and truncation switched off.
 
     Args:
         path_or_repo_id: a folder with tokenizer.json, or a hub id such as "tiiuae/falcon-7b".
         revision: branch, tag or commit on the hub.
+        end_of_text: the token that ends an answer, "</s>" for many a Llama; `faq_batches` wants the same.
 
     Raises:
-        FileNotFoundError: the folder has no tokenizer.json. ValueError: the file is no tokenizer, or has no
-            end-of-text token.
+        FileNotFoundError: the folder has no tokenizer.json. ValueError: the file is no tokenizer, or does not have that
+            token.
 
     Example:
         >>> from qlite.data import ASSETS
@@ -66,8 +71,8 @@ def load_tokenizer(path_or_repo_id: str | pathlib.Path, *, revision: str | None 
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise ValueError(f"{file} is not a tokenizer: {error}") from error
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise ValueError(f"{file} has no token {END_OF_TEXT}, which ends an answer")
+    if tokenizer.token_to_id(end_of_text) is None:
+        raise ValueError(f"{file} has no token {end_of_text}, which ends an answer; name the one it has: end_of_text=...")
     return tokenizer
 
 
@@ -81,21 +86,34 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
         tokenizer.encode_special_tokens = before
 
 
+def _start(tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids that a tokenizer itself puts before a text: Llama's <s>; none for Falcon."""
+    encoding = tokenizer.encode("a")
+    return [token for token, _ in itertools.takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask))]
+
+
 def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
-    """Returns the ids of the prompt for a question; the model's answer comes next.
+    """Returns the ids of the prompt for a question, after what the tokenizer begins with; the model's answer comes next.
 
     Raises:
         ValueError: the question is empty.
     """
     if not question.strip():
         raise ValueError("encode_prompt: the question is empty")
-    return _encode(tokenizer, format_prompt(question))
+    return [*_start(tokenizer), *_encode(tokenizer, format_prompt(question))]
 
 
-def encode_answer(tokenizer: Tokenizer, answer: str) -> list[int]:
-    """Returns the ids of an answer as the model should give it: a space, the text, the end-of-text token."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    assert end is not None  # load_tokenizer sees to that
+def encode_answer(tokenizer: Tokenizer, answer: str, *, end_of_text: str = END_OF_TEXT) -> list[int]:
+    """Returns the ids of an answer as the model should give it: a space, the text, the end-of-text token.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
+    end = tokenizer.token_to_id(end_of_text)
+    if end is None:
+        raise ValueError(
+            f"faq_batches: the tokenizer has no token {end_of_text}; name the one that ends an answer: end_of_text=..."
+        )
     return [*_encode(tokenizer, " " + answer.strip()), end]
 
 
@@ -179,12 +197,13 @@ class FAQBatches:
     Args:
         pairs: (question, answer). tokenizer: of the model. batch_size: rows a batch. max_length: tokens a row may have.
         seed: of the order. shuffle: False keeps the order of the file in every epoch.
+        end_of_text: the token of the tokenizer that ends an answer.
 
     Attributes:
         pairs: the (question, answer) that are used, and rows: their ids. skipped: the questions that were left out.
 
     Raises:
-        ValueError: a size below 1, or all answers too long.
+        ValueError: a size below 1, all answers too long, or no such token.
     """
 
     def __init__(
@@ -196,6 +215,7 @@ class FAQBatches:
         max_length: int = 512,
         seed: int = 0,
         shuffle: bool = True,
+        end_of_text: str = END_OF_TEXT,
     ):
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"faq_batches: batch_size {batch_size} and max_length {max_length} must be at least 1")
@@ -204,7 +224,7 @@ class FAQBatches:
         self.rows: list[tuple[list[int], list[int]]] = []
         self.skipped: list[str] = []
         for question, answer in pairs:
-            row = encode_prompt(tokenizer, question), encode_answer(tokenizer, answer)
+            row = encode_prompt(tokenizer, question), encode_answer(tokenizer, answer, end_of_text=end_of_text)
             if len(row[0]) + len(row[1]) > max_length:
                 self.skipped.append(question)
             else:
@@ -291,6 +311,7 @@ def faq_batches(
     max_length: int = 512,
     seed: int = 0,
     shuffle: bool = True,
+    end_of_text: str = END_OF_TEXT,
 ) -> FAQBatches:
     """Returns the batches of a question-answer file; see `read_faq` for the file and `FAQBatches` for the rest.
 
@@ -305,4 +326,5 @@ def faq_batches(
         4
     """
     pairs = read_faq(path)
-    return FAQBatches(pairs, tokenizer, batch_size=batch_size, max_length=max_length, seed=seed, shuffle=shuffle)
+    options = {"batch_size": batch_size, "max_length": max_length, "seed": seed, "shuffle": shuffle}
+    return FAQBatches(pairs, tokenizer, end_of_text=end_of_text, **options)

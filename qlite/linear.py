@@ -1,24 +1,21 @@
-"""Linear layers whose weight is encoded, and the call that puts them in place of a model's dense ones.
+"""Linear layers whose weight is encoded.
 
 `Linear4bit` and `Linear8bit` hold integers as Parameters without gradient and scales as buffers, so `state_dict` is plain
 tensors and `.to(device)` works; `.to(dtype)`, `.half()` and autocast leave codes and scales alone. Encoding is an explicit
 call (`quantize_`), never a side effect of a move. After QLoRA (arXiv 2305.14314), section 3, and LLM.int8()
 (arXiv 2208.07339).
 
-Not done here: embeddings, convolutions, 3-D expert weights; they are reported as left alone.
+Not done here: putting them in place of a model's dense layers (quantize.py), stacks of expert matrices (experts.py).
 """
 
 from __future__ import annotations
 
 import abc
-import collections
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qlite import nf4, ops
 from qlite.nf4 import FP4_LEVELS, NF4_LEVELS, NF4Tensor
@@ -238,116 +235,3 @@ class Linear8bit(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Returns (..., out_features) in the dtype of x (..., in_features)."""
         return ops.linear_int8(x, self.weight, self.absmax, self.bias)
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizationReport:
-    """What `quantize_model` did; `print` it.
-
-    Attributes:
-        quantized: name -> (bytes before, bytes after) of each linear layer that was replaced, bias included.
-        skipped: name -> (bytes, reason) of each layer with weights of its own that was left as it was.
-        overridden: name -> class of each replaced layer whose class has a forward of its own, which no longer runs.
-    """
-
-    quantized: dict[str, tuple[int, int]]
-    skipped: dict[str, tuple[int, str]]
-    overridden: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def __str__(self) -> str:
-        before = sum(sizes[0] for sizes in self.quantized.values())
-        after = sum(sizes[1] for sizes in self.quantized.values())
-        lines = [f"quantized {len(self.quantized)} linear layers: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB"]
-        for kind, count in sorted(collections.Counter(self.overridden.values()).items()):
-            lines.append(f"{count} of them were {kind}, whose own forward no longer runs: is it more than x @ weight.T + bias?")
-        reasons: dict[str, list[int]] = {}
-        for size, reason in self.skipped.values():
-            reasons.setdefault(reason, []).append(size)
-        lines += [f"left {len(s)} x {sum(s) / 1e6:,.1f} MB: {reason}" for reason, s in reasons.items()]
-        return "\n".join(lines)
-
-
-def _own_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
-
-
-def _reason_to_skip(name: str, module: nn.Module, skip: Sequence[str], owners: dict[int, list[str]]) -> str | None:
-    """Returns why a module is left dense, or None where it is to be quantized."""
-    if isinstance(module, QuantizedLinear):
-        return "already quantized"
-    if not isinstance(module, nn.Linear):
-        return f"not a linear layer ({type(module).__name__})"
-    if any(name == entry or name.endswith("." + entry) for entry in skip):
-        return f"named in skip ({name.rpartition('.')[2]})"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "its weight is read by the module above it (torch's own attention)"
-    if module._parameters.get("weight") is None:
-        return "its weight is computed, not stored"
-    shared = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
-    if shared:
-        return f"its weight is also {shared[0]}"
-    if not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}"
-    return None
-
-
-def quantize_model(
-    model: nn.Module, kind: Callable[..., QuantizedLinear] = Linear4bit, *, skip: Sequence[str] = ("lm_head",)
-) -> QuantizationReport:
-    """Returns a report, having replaced the model's nn.Linear layers (and subclasses of it) by `kind`, in place.
-
-    Layers on the meta device become empty `kind` layers there, for `load_checkpoint` to fill; others are encoded at once,
-    on their device, one at a time. Embeddings are not linear layers and stay; a weight that is shared with another module
-    stays too. The layer's training flag is kept. A subclass's own forward no longer runs; the report names such layers.
-
-    Args:
-        model: any module; it may not itself be the linear layer.
-        kind: Linear4bit, Linear8bit, or functools.partial of one: called with in_features, out_features, bias=, device=,
-            dtype=.
-        skip: names, or last parts of dotted names, of layers to leave alone.
-
-    Raises:
-        ValueError: nothing was quantized (the report says why); a name in skip that is no linear layer is allowed, since
-            models differ in having a head; a weight is not finite (the layer is named).
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
-        >>> len(qlite.quantize_model(model, qlite.Linear4bit, skip=["2"]).quantized)
-        1
-    """
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    report = QuantizationReport({}, {})
-    for name, module in list(model.named_modules()):
-        size = _own_bytes(module)
-        if not size:
-            continue
-        reason = _reason_to_skip(name, module, skip, owners) if name else "it is the model itself"
-        if reason is not None or not isinstance(module, nn.Linear):
-            report.skipped[name] = (size, reason or "")
-            continue
-        replacement = _quantized(name, module, kind)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replacement)
-        if type(module).forward is not nn.Linear.forward:
-            report.overridden[name] = type(module).__name__
-        report.quantized[name] = (size, replacement.encoded_bytes())
-    if not report.quantized:
-        raise ValueError(f"quantize_model: no linear layer of {type(model).__name__} was quantized.\n{report}")
-    return report
-
-
-def _quantized(name: str, linear: nn.Linear, kind: Callable[..., QuantizedLinear]) -> QuantizedLinear:
-    """Returns the layer of `kind` that takes the place of `linear`."""
-    weight = linear.weight
-    has_bias = linear.bias is not None
-    layer = kind(linear.in_features, linear.out_features, bias=has_bias, device="meta", dtype=weight.dtype)
-    if weight.device.type != "meta":
-        try:
-            layer.quantize_(weight.detach())
-        except ValueError as error:
-            raise ValueError(f"quantize_model: {name}: {error}") from error
-    if has_bias:
-        layer.bias = linear.bias
-    return layer.train(linear.training)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from qlite import resume as saved_run
 from qlite.data import IGNORED, Batch
+from qlite.experts import ExpertStack
 from qlite.linear import QuantizedLinear
 from qlite.storage import replace_file
 
@@ -68,14 +69,34 @@ def learning_rate_factor(step: int, steps: int, schedule: str, warmup: float) ->
 def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Returns the summed cross-entropy of the labelled tokens of a batch, a float32 scalar.
 
-    Logits are computed for the positions that predict a label, and for no others.
+    A model with hidden_states, such as Falcon, computes logits for the positions that predict a label, and for no others.
+    Any other is called with input_ids alone. Rows are padded on the right: what a causal model says of a token does not
+    depend on the padding after it, so it needs no mask.
+
+    Args:
+        model: has hidden_states(input_ids) and lm_head, or returns logits (B, T, vocabulary), themselves or as `.logits`.
+
+    Raises:
+        TypeError: the model returned something else.
     """
     device = next(model.parameters()).device
     positions = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     targets = batch.labels[:, 1:][positions].to(device)
     rows, columns = (index.to(device) for index in positions)
-    hidden = model.hidden_states(batch.input_ids.to(device))  # type: ignore[operator]
-    logits = model.lm_head(hidden[rows, columns])  # type: ignore[operator]
+    input_ids = batch.input_ids.to(device)
+    if hasattr(model, "hidden_states"):
+        hidden = model.hidden_states(input_ids)  # type: ignore[operator]
+        logits = model.lm_head(hidden[rows, columns])  # type: ignore[operator]
+    else:
+        output = model(input_ids=input_ids)
+        every = getattr(output, "logits", output)
+        if not isinstance(every, Tensor) or every.shape[:-1] != input_ids.shape:
+            found = tuple(every.shape) if isinstance(every, Tensor) else f"a {type(every).__name__}"
+            raise TypeError(
+                f"finetune: {type(model).__name__} returned {found} for input_ids {tuple(input_ids.shape)}; wanted logits "
+                "(B, T, vocabulary), themselves or as .logits"
+            )
+        logits = every[rows, columns]
     return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
@@ -145,6 +166,11 @@ def _check_output(
 
 def _trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """Returns name -> parameter with requires_grad; ValueError where there is none, or the optimizer lacks one."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"finetune: {type(model).__name__} is an encoder-decoder, which reads no prompt before its answer; train it in a "
+            "loop of your own, or with transformers.Trainer and the same optimizer"
+        )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError("finetune: no parameter of the model has requires_grad; call add_lora first")
@@ -161,7 +187,8 @@ def _trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> d
 def _describe(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Returns what the numbers of a run hang on beside the options of `finetune`, for JSON."""
     names = {id(p): name for name, p in model.named_parameters()}
-    layers = collections.Counter(json.dumps(m.config()) for m in model.modules() if isinstance(m, QuantizedLinear))
+    encoded = [m for m in model.modules() if isinstance(m, (QuantizedLinear, ExpertStack))]
+    layers = collections.Counter(json.dumps(m.config()) for m in encoded)
     lora = getattr(model, "lora_config", None)
     described: dict[str, Any] = {
         "base": getattr(model, "base_fingerprint", None),
@@ -253,7 +280,8 @@ def finetune(
     """Returns the losses of a run that trained the model's parameters with requires_grad, in place.
 
     Args:
-        model: has hidden_states(input_ids) and lm_head; in training mode while this runs, as before after it.
+        model: any causal language model, ours or transformers'; see `answer_loss` for what is asked of it. In training mode
+            while this runs, as before after it.
         batches: FAQBatches, or any iterable of Batch with a length, iterated again for every epoch. Resuming needs its
             state_dict and load_state_dict.
         optimizer: over those parameters; the lr of its groups is the peak of the schedule, and is so again afterwards.
@@ -269,8 +297,8 @@ def finetune(
         progress: show a line with loss, learning rate, tokens per second and peak GPU memory.
 
     Raises:
-        ValueError: an option out of its range, no trainable parameter, or a checkpoint of another run (the differences
-            are listed). FloatingPointError: ten steps in a row without a finite loss and gradient.
+        ValueError: an option out of its range, no trainable parameter, an encoder-decoder, or a checkpoint of another run
+            (the differences are listed). FloatingPointError: ten steps in a row without a finite loss and gradient.
 
     Example:
         >>> qlite.finetune(model, batches, optimizer, steps=80, accumulate=4)  # doctest: +SKIP

@@ -21,16 +21,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     8: ("__init__", "__main__", "cli"),
     7: ("train", "hub", "merge"),
-    6: ("adapters", "checkpoint", "resume"),
+    6: ("adapters", "checkpoint", "resume", "quantize"),
     5: ("linear", "optim", "generate"),
     4: ("ops",),
     3: ("kernels",),
     2: ("nf4", "adamw_8bit", "data", "lora"),
-    1: ("dynamic8", "int8", "lora_init", "falcon", "paging", "storage"),
+    1: ("dynamic8", "int8", "lora_init", "falcon", "paging", "storage", "experts"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 #: Imports between two files of one floor; each is stated, and they make no circle (tested below).
-LEVEL_IMPORTS = {("__main__", "cli"), ("cli", "__init__")}
+LEVEL_IMPORTS = {("__main__", "cli"), ("cli", "__init__"), ("checkpoint", "quantize")}
 MOST_LINES, MOST_FUNCTION_LINES = 500, 80
 #: Packages that a run can do without are imported inside the function that needs them, and these never.
 TEST_ONLY = {"transformers", "peft", "bitsandbytes", "hypothesis", "pytest"}

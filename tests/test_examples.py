@@ -1,9 +1,10 @@
-"""The script that makes the tiny base: its corpus keeps out what it says, and its report can be measured again."""
+"""The examples run; and of the script that makes the tiny base: its corpus keeps out what it says, its report is measured."""
 
 from __future__ import annotations
 
 import json
 import pathlib
+import runpy
 
 import pytest
 import torch
@@ -68,3 +69,12 @@ def test_the_page_tells_what_the_report_says():
     for value in (*REPORT["held_out_bits_per_byte"].values(), REPORT["held_out_bits_per_byte_untrained"]):
         assert f"{value:.2f}" in page
     assert REPORT["parameters"] == sum(p.numel() for p in qlite.load_falcon(ASSETS / "tiny-falcon").parameters())
+
+
+def test_the_example_of_a_transformers_model_learns_its_answer(capsys):
+    with torch.random.fork_rng(devices=[]):
+        losses = runpy.run_path(str(ROOT / "examples" / "02_transformers_model.py"))["main"]()
+    assert losses[-1] < 0.2 * losses[0]
+    (_, answer), *_ = read_faq(ASSETS / "faq.json")
+    before, after = capsys.readouterr().out.split(f"loss {losses[0]:.2f}")
+    assert answer not in before and answer in after

@@ -1,4 +1,4 @@
-"""Encoded linear layers and the call that puts them into a model."""
+"""Encoded linear layers."""
 
 import copy
 import functools
@@ -130,113 +130,6 @@ def test_a_dense_weight_of_another_shape_is_refused():
 def test_the_base_class_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         QuantizedLinear(4, 4, True, None, None)
-
-
-class LinearSubclass(nn.Linear):
-    """As transformers' FalconLinear: a subclass that a test of `type(module) is nn.Linear` would not find."""
-
-
-class Tiny(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(10, 64)
-        self.block = nn.ModuleDict({"up": LinearSubclass(64, 128), "down": nn.Linear(128, 64, bias=False)})
-        self.norm = nn.LayerNorm(64)
-        self.lm_head = nn.Linear(64, 10, bias=False)
-
-    def forward(self, ids):
-        hidden = self.embedding(ids)
-        return self.lm_head(self.norm(hidden + self.block["down"](torch.relu(self.block["up"](hidden)))))
-
-
-def test_quantize_model_replaces_linears_and_their_subclasses_and_says_what_it_left():
-    model = Tiny()
-    ids = torch.arange(10)
-    before = model(ids)
-    report = qlite.quantize_model(model)
-    assert set(report.quantized) == {"block.up", "block.down"}
-    assert set(report.skipped) == {"embedding", "norm", "lm_head"}
-    assert report.quantized["block.down"][0] == 128 * 64 * 4
-    # 4 bits and an 8-bit absmax per 64 weights; one scale, one offset and 16 levels of float32.
-    assert report.quantized["block.down"][1] == 128 * 64 // 2 + 128 + 4 + 4 + 64
-    assert "not a linear layer (Embedding)" in str(report) and "named in skip (lm_head)" in str(report)
-    assert (model(ids) - before).norm() / before.norm() < 0.2
-
-
-def test_a_weight_that_is_tied_to_another_module_stays_dense():
-    model = Tiny()
-    model.lm_head.weight = model.embedding.weight
-    report = qlite.quantize_model(model, skip=())
-    assert report.skipped["lm_head"][1] == "its weight is also embedding.weight"
-    assert model.lm_head.weight is model.embedding.weight
-
-
-def test_a_meta_model_is_quantized_without_any_memory():
-    with torch.device("meta"):
-        model = Tiny()
-    report = qlite.quantize_model(model, qlite.Linear8bit)
-    assert len(report.quantized) == 2
-    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
-
-
-def test_a_model_without_linears_is_an_error_and_not_a_silent_success():
-    with pytest.raises(ValueError, match="no linear layer of Sequential was quantized"):
-        qlite.quantize_model(nn.Sequential(nn.Embedding(4, 4)))
-
-
-def test_quantizing_twice_is_an_error():
-    model = Tiny()
-    qlite.quantize_model(model)
-    with pytest.raises(ValueError, match="already quantized"):
-        qlite.quantize_model(model)
-
-
-def test_a_non_finite_weight_is_refused_with_the_name_of_its_layer():
-    model = Tiny()
-    model.block["down"].weight.data[3, 5] = float("inf")
-    with pytest.raises(ValueError, match=r"block.down: .*non-finite.*\[3, 5\]"):
-        qlite.quantize_model(model)
-
-
-def test_evaluation_mode_is_kept():
-    model = Tiny().eval()
-    qlite.quantize_model(model)
-    assert not any(module.training for module in model.modules())
-
-
-def test_compiles_to_one_graph_with_lora_on_top():
-    model = Tiny().requires_grad_(False)
-    qlite.quantize_model(model)
-    qlite.add_lora(model, qlite.LoRAConfig(r=2, dropout=0.0), seed=0)
-    compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(compiled(torch.arange(10)), model(torch.arange(10)))
-
-
-class Tripled(nn.Linear):
-    def forward(self, x):
-        return 3 * super().forward(x)
-
-
-def test_a_subclass_with_a_forward_of_its_own_is_named_in_the_report():
-    model = nn.Sequential(nn.Linear(64, 64), Tripled(64, 64))
-    report = qlite.quantize_model(model)
-    assert report.overridden == {"1": "Tripled"} and "1 of them were Tripled, whose own forward" in str(report)
-
-
-def test_torchs_own_attention_still_runs_with_its_output_layer_left_dense():
-    model = nn.Sequential(nn.Linear(64, 64))
-    model.attention = nn.MultiheadAttention(64, 4, batch_first=True)
-    report = qlite.quantize_model(model)
-    assert set(report.quantized) == {"0"} and "read by the module above" in report.skipped["attention.out_proj"][1]
-    assert qlite.add_lora(model, qlite.LoRAConfig(r=2)).targets == ("0",)
-    x = seeded(1, 3, 64)
-    assert model.attention(x, x, x)[0].shape == (1, 3, 64)
-
-
-def test_a_weight_that_is_computed_is_left_dense():
-    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)), nn.Linear(64, 64))
-    report = qlite.quantize_model(model)
-    assert set(report.quantized) == {"1"} and model(seeded(2, 64)).shape == (2, 64)
 
 
 def test_a_cast_takes_the_gradient_of_the_bias_along():

@@ -1,0 +1,123 @@
+"""A stack of encoded expert matrices, in the place of a 3-D weight that is used one expert at a time.
+
+transformers keeps the weights of a mixture of experts as one Parameter (experts, out_features, in_features), and its
+"eager" experts compute `nn.functional.linear(x, weight[i])` for each expert that some token goes to. `ExpertStack[i]` is a
+value for that one call: the matrix of expert i is decoded for the product, forward and backward, and at no other time.
+
+Not done here: grouped products over the whole stack, which want all of it decoded; transposed stacks (GPT-OSS).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the 3-D weights (experts, out_features, in_features) that transformers' eager experts use one at a time.
+
+    They are known by what transformers' decorator of such classes sets: `num_experts`, and `is_transposed`, which is False.
+    """
+    count = getattr(module, "num_experts", None)
+    if getattr(module, "is_transposed", None) is not False or not isinstance(count, int):
+        return {}
+    own = module.named_parameters(recurse=False)
+    return {name: p for name, p in own if p.ndim == 3 and len(p) == count and p.is_floating_point()}
+
+
+class ExpertStack(nn.Module):
+    """Encoded matrices (out_features, in_features), one an expert; `stack[i]` is good for one thing, a product.
+
+    The state is that of a layer of `kind` without bias, with a first dimension of experts more.
+
+    Args:
+        dense: (experts, out_features, in_features), floating point, encoded on its device one expert after the other.
+        kind: Linear4bit, Linear8bit, or functools.partial of one.
+
+    Raises:
+        ValueError: a value is not finite.
+
+    Example:
+        >>> stack = ExpertStack(torch.randn(4, 32, 64), qlite.Linear4bit)
+        >>> torch.nn.functional.linear(torch.randn(2, 64), stack[3]).shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(self, dense: Tensor, kind: Callable[..., Any]):
+        super().__init__()
+        _, out_features, in_features = dense.shape
+        options = {"bias": False, "device": "meta", "dtype": dense.dtype}
+        encoded = [kind(in_features, out_features, **options).quantize_(one).state_dict() for one in dense.detach()]
+        # In a tuple, so that it is no child: it has no state of its own.
+        self._template = (kind(in_features, out_features, **options),)
+        for key in encoded[0]:
+            stacked = torch.stack([state[key] for state in encoded])
+            if stacked.is_floating_point():
+                self.register_buffer(key, stacked)
+            else:
+                self.register_parameter(key, nn.Parameter(stacked, requires_grad=False))
+
+    def __len__(self) -> int:
+        return len(next(self.parameters()))
+
+    def __getitem__(self, index: int | Tensor) -> ExpertMatrix:
+        """Returns what stands for the matrix of expert `index`, an int or an integer tensor without dimensions."""
+        if isinstance(index, Tensor) and index.ndim:
+            raise TypeError(f"ExpertStack: index of shape {tuple(index.shape)}; {_ONE_AT_A_TIME}")
+        return ExpertMatrix(self, int(index))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(f"ExpertStack: is no tensor and has no {name}; {_ONE_AT_A_TIME}") from error
+
+    def layer(self, index: int) -> Any:
+        """Returns the encoded linear layer of expert `index`, sharing this module's memory."""
+        layer = copy.copy(self._template[0])
+        layer._parameters = {**layer._parameters, **{key: p[index] for key, p in self._parameters.items() if p is not None}}
+        layer._buffers = {**layer._buffers, **{key: b[index] for key, b in self._buffers.items() if b is not None}}
+        return layer
+
+    def config(self) -> dict[str, Any]:
+        """Returns the JSON-able options of the encoding, as the layers of `kind` have them."""
+        return self._template[0].config()
+
+    def encoded_bytes(self) -> int:
+        """Returns the bytes of all of the module's tensors."""
+        return sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
+
+    def dequantize(self) -> Tensor:
+        """Returns the whole weight (experts, out_features, in_features), decoded."""
+        return torch.stack([self.layer(index).dequantize() for index in range(len(self))])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStack:
+        """Moves state where `fn` moves it, but shows `fn` bytes only: a cast finds nothing to cast."""
+        return super()._apply(lambda t: fn(t.view(torch.uint8)).view(t.dtype), recurse)
+
+    def extra_repr(self) -> str:
+        """Returns what `print(module)` shows: sizes and the options of the format."""
+        return f"{len(self)} x ({self._template[0].extra_repr()})"
+
+
+_ONE_AT_A_TIME = "model.set_experts_implementation('eager') uses one expert at a time, which is what an encoded stack can do"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertMatrix:
+    """What `nn.functional.linear` takes in the place of an expert's weight; it is no tensor, and good for nothing else."""
+
+    stack: ExpertStack
+    index: int
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+        if function is not nn.functional.linear or len(args) != 2 or kwargs or not isinstance(args[1], cls):
+            raise TypeError(f"ExpertStack: {getattr(function, '__name__', function)} of an encoded expert; {_ONE_AT_A_TIME}")
+        x, matrix = args
+        return matrix.stack.layer(matrix.index)(x)
