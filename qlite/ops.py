@@ -285,10 +285,11 @@ def levels_tensor(levels: Sequence[float], device: torch.device | str) -> Tensor
     Raises:
         ValueError: not 16 finite values in [-1, 1], or fewer than two different ones.
     """
-    table = torch.tensor([float(level) for level in levels], dtype=torch.float32)
-    if len(table) != 16 or not bool((table.abs() <= 1).all()) or len(table.unique()) < 2:
+    values = [float(level) for level in levels]
+    # Of Python numbers, not of a tensor: inside `with torch.device("meta")` a new tensor has no values to look at.
+    if len(values) != 16 or not all(abs(value) <= 1 for value in values) or len(set(values)) < 2:
         raise ValueError(f"levels: wanted 16 finite values in [-1, 1], not all the same; got {list(levels)}")
-    return table.to(device)
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def check_block_size(block_size: int) -> None:
