@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qlite import int8, nf4
 from qlite.int8 import Int8Tensor
@@ -52,6 +53,8 @@ def _differentiate(name: str, keep: Callable, backward: Callable, jvp: Callable)
     function = type(name, (torch.autograd.Function,), {**members, "generate_vmap_rule": True})
 
     def call(*arguments) -> Tensor:
+        if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            raise NotImplementedError(f"{name}: no forward mode inside torch.compile; call torch.func.jvp outside of it")
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return op(*arguments)
         return function.apply(*arguments)
@@ -370,10 +373,11 @@ def quantize_int8(x: Tensor, *, zero_point: bool = False, per: str = "row", bloc
 
 
 def _activation(x: Tensor, in_features: int, caller: str) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{caller}: x is {found}; wanted a floating-point tensor")
     if x.shape[-1:] != (in_features,):
         raise ValueError(f"{caller}: x has shape {tuple(x.shape)}; wanted (..., {in_features})")
-    if not x.is_floating_point():
-        raise TypeError(f"{caller}: x is {x.dtype}; wanted a floating-point tensor")
     # A custom op is unknown to autocast: what autocast does to F.linear is done here. (Of a meta tensor it cannot be asked.)
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
