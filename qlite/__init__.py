@@ -13,6 +13,7 @@ from qlite.merge import merge_adapter
 from qlite.nf4 import NF4Tensor
 from qlite.ops import quantize_int8, quantize_nf4
 from qlite.optim import AdamW8bit, PagedAdamW8bit
+from qlite.placement import place_model
 from qlite.quantize import quantize_model
 from qlite.train import finetune
 
@@ -37,6 +38,7 @@ __all__ = [
     "load_tokenizer",
     "lora_parameters",
     "merge_adapter",
+    "place_model",
     "push_adapter",
     "quantize_int8",
     "quantize_model",

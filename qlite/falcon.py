@@ -241,7 +241,9 @@ class _Attention(nn.Module):
             query, key = _rotate(query, *rotary), _rotate(key, *rotary)
         if cache is not None:
             key, value = cache.append(layer, key, value)
-        causal = mask is None and query.shape[2] > 1
+        causal = False
+        if mask is None and query.shape[2] > 1:  # a branch: of a compiler's dynamic shapes the comparison itself is no bool
+            causal = True
         attended = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
         )

@@ -71,9 +71,12 @@ class QuantizedLinear(nn.Module, abc.ABC):
         of_bias = () if self.bias is None else (self.bias, self.bias.grad)
 
         def on_bytes(tensor: Tensor) -> Tensor:
-            if any(tensor is seen for seen in of_bias) or tensor.dtype == torch.uint8:
+            if any(tensor is seen for seen in of_bias):
                 return fn(tensor)
-            return fn(tensor.view(torch.uint8)).view(tensor.dtype)
+            moved = fn(tensor.view(torch.uint8))
+            if moved.dtype != torch.uint8:
+                raise TypeError(f"{type(self).__name__}: a cast to {moved.dtype} of the codes; .to(dtype) leaves them")
+            return moved.view(tensor.dtype)
 
         super()._apply(on_bytes, recurse)
         if self.bias is not None:

@@ -10,11 +10,13 @@ The functions of this file (`quantize_nf4`, `linear_nf4`, ...) check their argum
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qlite import int8, nf4
 from qlite.int8 import Int8Tensor
@@ -32,6 +34,51 @@ def _declare(schema: str, reference: Callable, fake: Callable) -> str:
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qlite::{name}", fake, lib=_library)
     return f"qlite::{name}"
+
+
+def _differentiate(name: str, keep: Callable, backward: Callable, jvp: Callable) -> Callable:
+    """Gives an op that is linear in its first argument its gradients and a rule for vmap; returns what calls it.
+
+    What torch.library registers serves plain backward passes and torch.compile, but torch.func.grad refuses it and forward
+    mode loses the tangent without a word. An autograd.Function serves those two; torch.compile refuses one with a jvp.
+
+    Args:
+        keep: (ctx, inputs, output), saves what backward (ctx, grad) and jvp (ctx, *tangents) need.
+    """
+    op = getattr(torch.ops.qlite, name)
+    torch.library.register_autograd(f"qlite::{name}", backward, setup_context=keep, lib=_library)
+    torch.library.register_vmap(f"qlite::{name}", functools.partial(_vmap, op), lib=_library)
+    methods = {"forward": lambda *arguments: op(*arguments), "setup_context": keep, "backward": backward, "jvp": jvp}
+    members = {key: staticmethod(method) for key, method in methods.items()}
+    function = type(name, (torch.autograd.Function,), {**members, "generate_vmap_rule": True})
+
+    def call(*arguments) -> Tensor:
+        if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            raise NotImplementedError(f"{name}: no forward mode inside torch.compile; call torch.func.jvp outside of it")
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return op(*arguments)
+        return function.apply(*arguments)
+
+    return call
+
+
+def _vmap(op: Callable, info, dims: tuple[int | None, ...], *arguments) -> tuple[Tensor, int]:
+    """Returns op over a batch: as more rows for one weight, and one after the other where each has a weight of its own."""
+    if dims[0] is not None and all(dim is None for dim in dims[1:]):
+        return op(arguments[0].movedim(dims[0], 0), *arguments[1:]), 0
+    each = [[a if dim is None else a.select(dim, i) for a, dim in zip(arguments, dims)] for i in range(info.batch_size)]
+    return torch.stack([op(*selected) for selected in each]), 0
+
+
+def _keep(ctx, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def _grad_bias(ctx, grad: Tensor, position: int) -> Tensor | None:
+    if ctx.bias_dtype is None or not ctx.needs_input_grad[position]:
+        return None
+    return grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
 
 
 def _kernels(device: torch.device):
@@ -124,20 +171,34 @@ def _linear_nf4_grad_fake(grad, codes, absmax, absmax_scale, absmax_offset, leve
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-def _save_for_linear_nf4_grad(ctx, inputs, output) -> None:
-    x, codes, absmax, absmax_scale, absmax_offset, levels, bias, block_size = inputs
-    ctx.save_for_backward(codes, absmax, absmax_scale, absmax_offset, levels)
-    ctx.in_features, ctx.block_size = x.shape[-1], block_size
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def _keep_for_linear_nf4(ctx, inputs, output) -> None:
+    x, *coded, bias, ctx.block_size = inputs
+    _keep(ctx, *coded)
+    ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
 
 
 def _linear_nf4_backward(ctx, grad: Tensor):
-    grad_x = grad_bias = None
+    grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.qlite.linear_nf4_grad(grad, *ctx.saved_tensors, ctx.in_features, ctx.block_size)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, None, None, grad_bias, None
+        grad_x = _apply_linear_nf4_grad(grad, *ctx.saved_tensors, ctx.in_features, ctx.block_size)
+    return grad_x, None, None, None, None, None, _grad_bias(ctx, grad, 6), None
+
+
+def _linear_nf4_jvp(ctx, x, codes, absmax, absmax_scale, absmax_offset, levels, bias, block_size) -> Tensor:
+    return _apply_linear_nf4(x, *ctx.saved_tensors, bias, ctx.block_size)
+
+
+def _keep_for_linear_nf4_grad(ctx, inputs, output) -> None:
+    _, *coded, ctx.in_features, ctx.block_size = inputs
+    _keep(ctx, *coded)
+
+
+def _linear_nf4_grad_backward(ctx, grad: Tensor):
+    return _apply_linear_nf4(grad, *ctx.saved_tensors, None, ctx.block_size), *[None] * 7
+
+
+def _linear_nf4_grad_jvp(ctx, grad, *rest) -> Tensor:
+    return _apply_linear_nf4_grad(grad, *ctx.saved_tensors, ctx.in_features, ctx.block_size)
 
 
 _declare(f"linear_nf4(Tensor x, {_CODED}, Tensor? bias, int block_size) -> Tensor", _linear_nf4, _linear_nf4_fake)
@@ -146,8 +207,9 @@ _declare(
     _linear_nf4_grad,
     _linear_nf4_grad_fake,
 )
-torch.library.register_autograd(
-    "qlite::linear_nf4", _linear_nf4_backward, setup_context=_save_for_linear_nf4_grad, lib=_library
+_apply_linear_nf4 = _differentiate("linear_nf4", _keep_for_linear_nf4, _linear_nf4_backward, _linear_nf4_jvp)
+_apply_linear_nf4_grad = _differentiate(
+    "linear_nf4_grad", _keep_for_linear_nf4_grad, _linear_nf4_grad_backward, _linear_nf4_grad_jvp
 )
 
 
@@ -171,25 +233,38 @@ def _linear_int8_grad_fake(grad: Tensor, codes: Tensor, absmax: Tensor) -> Tenso
     return grad.new_empty((*grad.shape[:-1], codes.shape[1]))
 
 
-def _save_for_linear_int8_grad(ctx, inputs, output) -> None:
+def _keep_for_linear_int8(ctx, inputs, output) -> None:
     _, codes, absmax, bias = inputs
-    ctx.save_for_backward(codes, absmax)
+    _keep(ctx, codes, absmax)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_int8_backward(ctx, grad: Tensor):
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.qlite.linear_int8_grad(grad, *ctx.saved_tensors)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_bias
+    grad_x = _apply_linear_int8_grad(grad, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
+    return grad_x, None, None, _grad_bias(ctx, grad, 3)
+
+
+def _linear_int8_jvp(ctx, x, codes, absmax, bias) -> Tensor:
+    return _apply_linear_int8(x, *ctx.saved_tensors, bias)
+
+
+def _keep_for_linear_int8_grad(ctx, inputs, output) -> None:
+    _keep(ctx, *inputs[1:])
+
+
+def _linear_int8_grad_backward(ctx, grad: Tensor):
+    return _apply_linear_int8(grad, *ctx.saved_tensors, None), None, None
+
+
+def _linear_int8_grad_jvp(ctx, grad, codes, absmax) -> Tensor:
+    return _apply_linear_int8_grad(grad, *ctx.saved_tensors)
 
 
 _declare("linear_int8(Tensor x, Tensor codes, Tensor absmax, Tensor? bias) -> Tensor", _linear_int8, _linear_int8_fake)
 _declare("linear_int8_grad(Tensor grad, Tensor codes, Tensor absmax) -> Tensor", _linear_int8_grad, _linear_int8_grad_fake)
-torch.library.register_autograd(
-    "qlite::linear_int8", _linear_int8_backward, setup_context=_save_for_linear_int8_grad, lib=_library
+_apply_linear_int8 = _differentiate("linear_int8", _keep_for_linear_int8, _linear_int8_backward, _linear_int8_jvp)
+_apply_linear_int8_grad = _differentiate(
+    "linear_int8_grad", _keep_for_linear_int8_grad, _linear_int8_grad_backward, _linear_int8_grad_jvp
 )
 
 
@@ -213,10 +288,11 @@ def levels_tensor(levels: Sequence[float], device: torch.device | str) -> Tensor
     Raises:
         ValueError: not 16 finite values in [-1, 1], or fewer than two different ones.
     """
-    table = torch.tensor([float(level) for level in levels], dtype=torch.float32)
-    if len(table) != 16 or not bool((table.abs() <= 1).all()) or len(table.unique()) < 2:
+    values = [float(level) for level in levels]
+    # Of Python numbers, not of a tensor: inside `with torch.device("meta")` a new tensor has no values to look at.
+    if len(values) != 16 or not all(abs(value) <= 1 for value in values) or len(set(values)) < 2:
         raise ValueError(f"levels: wanted 16 finite values in [-1, 1], not all the same; got {list(levels)}")
-    return table.to(device)
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def check_block_size(block_size: int) -> None:
@@ -297,13 +373,15 @@ def quantize_int8(x: Tensor, *, zero_point: bool = False, per: str = "row", bloc
 
 
 def _activation(x: Tensor, in_features: int, caller: str) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{caller}: x is {found}; wanted a floating-point tensor")
     if x.shape[-1:] != (in_features,):
         raise ValueError(f"{caller}: x has shape {tuple(x.shape)}; wanted (..., {in_features})")
-    if not x.is_floating_point():
-        raise TypeError(f"{caller}: x is {x.dtype}; wanted a floating-point tensor")
-    # A custom op is unknown to autocast: what autocast does to F.linear is done here.
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
+    # A custom op is unknown to autocast: what autocast does to F.linear is done here. (Of a meta tensor it cannot be asked.)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
     return x
 
 
@@ -322,7 +400,7 @@ def linear_nf4(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tens
         raise ValueError(f"linear_nf4: weight has shape {tuple(weight.shape)}; wanted (out_features, in_features)")
     x = _activation(x, weight.shape[1], "linear_nf4")
     coded = (weight.codes, weight.absmax, weight.absmax_scale, weight.absmax_offset, weight.levels)
-    return torch.ops.qlite.linear_nf4(x, *coded, bias, weight.block_size)
+    return _apply_linear_nf4(x, *coded, bias, weight.block_size)
 
 
 def dequantize_int8_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -342,4 +420,4 @@ def linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = 
     """
     if absmax.shape != (codes.shape[0], 1):
         raise ValueError(f"linear_int8: absmax has shape {tuple(absmax.shape)}; wanted ({codes.shape[0]}, 1)")
-    return torch.ops.qlite.linear_int8(_activation(x, codes.shape[1], "linear_int8"), codes, absmax, bias)
+    return _apply_linear_int8(_activation(x, codes.shape[1], "linear_int8"), codes, absmax, bias)

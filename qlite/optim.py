@@ -111,7 +111,7 @@ class _EncodedAdamW(Optimizer, ABC):
 
         For each parameter `step` (an int), `exp_avg` and `exp_avg_sq` of its shape (uint8 codes, or float32 for small
         tensors), and with codes also `exp_avg_absmax` and `exp_avg_sq_absmax` (float32, one for each block). As in
-        torch, the tensors are those in use, not copies. The home of the state is not part of it: what a resident
+        torch, resident tensors are those in use, not copies. The home of the state is not part of it: what a resident
         optimizer saved a paged one can load, and the other way round.
         """
         self._come_home()
@@ -294,6 +294,14 @@ class PagedAdamW8bit(_EncodedAdamW):
     def paged_bytes(self) -> int:
         """The bytes of state whose home is host memory; 0 before the first step."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what AdamW8bit returns, the paged tensors copied: torch.save takes no two dtypes out of one memory."""
+        state = super().state_dict()
+        paged = {id(tensor) for buffer in self._buffers.values() for tensor in buffer.tensors.values()}
+        for index, entry in state["state"].items():
+            state["state"][index] = {key: value.clone() if id(value) in paged else value for key, value in entry.items()}
+        return state
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "page_above": self.page_above}

@@ -336,6 +336,8 @@ def finetune(
         finally:
             for module, training in modes:
                 module.training = training
+            for parameter in trained.values():
+                parameter.grad = None  # of a window that was broken off
             for group, peak in zip(optimizer.param_groups, settings["lr"], strict=True):
                 group["lr"] = peak
 

@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: An import goes to a lower floor, or stays inside kernels/.
 FLOORS = {
     8: ("__init__", "__main__", "cli"),
-    7: ("train", "hub", "merge"),
+    7: ("train", "hub", "merge", "placement"),
     6: ("adapters", "checkpoint", "resume", "quantize"),
     5: ("linear", "optim", "generate"),
     4: ("ops",),
