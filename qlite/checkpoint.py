@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qlite.download import commit_of, resolve_folder
 from qlite.falcon import Falcon, FalconConfig
 from qlite.linear import Linear4bit, Linear8bit, QuantizedLinear, quantize_model
 from qlite.nf4 import FP4_LEVELS, NF4_LEVELS
@@ -37,7 +38,6 @@ from qlite.storage import (
     read_header,
     read_json,
     read_tensor,
-    resolve_folder,
     same_bytes,
     sync,
 )
@@ -338,7 +338,7 @@ def load_falcon(
     """Returns a Falcon in evaluation mode, its linears encoded as `quantize` says, from a folder or the hub.
 
     A folder that `save_checkpoint` wrote from an encoded model loads as it is, without encoding again. The model
-    carries `load_report` (print it), `base_fingerprint` and `base_id`.
+    carries `load_report` (print it), `base_fingerprint`, `base_id` and, from the hub, the commit as `base_revision`.
 
     Args:
         path_or_repo_id: a folder with config.json and safetensors, or a hub id such as "tiiuae/falcon-7b".
@@ -371,6 +371,7 @@ def load_falcon(
     left = {name: why for name, (_, why) in skipped.items() if isinstance(model.get_submodule(name), nn.Linear)}
     model.load_report = dataclasses.replace(report, left=left)  # type: ignore[assignment]
     model.base_id = str(path_or_repo_id)  # type: ignore[assignment]
+    model.base_revision = commit_of(folder)  # type: ignore[assignment]
     return model.eval()
 
 

@@ -20,7 +20,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from qlite.storage import no_duplicates, resolve_folder
+from qlite.download import resolve_folder
+from qlite.storage import no_duplicates
 
 END_OF_TEXT = "<|endoftext|>"
 #: The label of a token that the loss leaves out; torch's cross_entropy has the same default.

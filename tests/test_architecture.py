@@ -25,8 +25,8 @@ FLOORS = {
     5: ("linear", "optim", "generate"),
     4: ("ops",),
     3: ("kernels",),
-    2: ("nf4", "adamw_8bit", "data"),
-    1: ("dynamic8", "int8", "lora", "falcon", "paging", "storage"),
+    2: ("nf4", "adamw_8bit", "data", "card"),
+    1: ("dynamic8", "int8", "lora", "falcon", "paging", "storage", "download"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 #: Imports between two files of one floor; each is stated, and they make no circle (tested below).

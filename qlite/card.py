@@ -1,0 +1,165 @@
+"""The model card of an adapter: what it is, how it was trained, how to load it; only what its files say.
+
+The front matter is the hub's (https://huggingface.co/docs/hub/model-cards). `training` is what `TrainResult.save` wrote, or
+{}: a card without it says less, and guesses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from torch import Tensor
+
+from qlite.lora import LoRAConfig
+
+QUESTION = "How can I create an account?"
+#: The linear layers of a Falcon's blocks.
+FALCON = r"transformer\.h\.\d+\.(self_attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h))"
+
+
+def model_card(
+    repo_id: str,
+    config: LoRAConfig,
+    values: dict[str, Any],
+    training: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    curve: str | None,
+) -> str:
+    """Returns the text of README.md.
+
+    Args:
+        repo_id: of the adapter. config, values: what adapter_config.json says, its base a hub id. training: see above.
+        tensors: `<layer>.lora_A` and `.lora_B` by name. curve: name of the image of the losses, if there is one.
+    """
+    base, kinds = values["base_model_name_or_path"], _kinds(training)
+    front: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter", "library_name": "peft"}
+    if values.get("task_type") == "CAUSAL_LM":
+        front["pipeline_tag"] = "text-generation"
+    front["tags"] = ["lora", *(["qlora"] if any("block_size" in kind for kind in kinds) else []), "qlite"]
+    table = [f"| {name} | {_cell(text)} |" for name, text in _facts(config, values, training, tensors)]
+    parts = [
+        "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---"]),
+        f"# {repo_id.rpartition('/')[2]}",
+        f"A LoRA adapter for [{base}](https://huggingface.co/{base})" + (", trained with qlite." if training else "."),
+        "\n".join(["| | |", "|---|---|", *table]),
+    ]
+    if curve:
+        parts.append(f"![The loss of every step]({curve})")
+    if "prompt" in training:
+        parts += ["## Prompt", f"```\n{training['prompt']}\n```"]
+        parts.append("The answer follows after a space, and ends with `<|endoftext|>`.")
+    falcon = all(re.fullmatch(FALCON, name.rpartition(".")[0]) for name in tensors)
+    parts += ["## With qlite", f"```python\n{_qlite_code(repo_id, values, training, falcon)}\n```"]
+    parts += ["## With PEFT", f"```python\n{_peft_code(repo_id, values, training)}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _kinds(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the options of each kind of encoded layer that the base had; none if it was dense, or nobody knows."""
+    return [{key: value for key, value in kind.items() if key != "count"} for kind in training.get("layers", [])]
+
+
+def _facts(
+    config: LoRAConfig, values: dict[str, Any], training: dict[str, Any], tensors: dict[str, Tensor]
+) -> list[tuple[str, str]]:
+    """Returns the rows of the table."""
+    targets, revision = values["target_modules"], values.get("revision")
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    where = targets if isinstance(targets, str) else ", ".join(targets)
+    rows = [
+        ("base", f"`{values['base_model_name_or_path']}`" + (f" at `{revision}`" if revision else "")),
+        ("adapter", f"r={config.r}, alpha={config.alpha:g}, dropout {config.dropout:g}; {numbers:,} parameters"),
+        ("on", f"`{where}`"),
+    ]
+    if not training:
+        return rows
+    kinds, optimizer, loss = _kinds(training), training["optimizer"], training["loss"]
+    encoded = "; ".join(", ".join(f"{key} {value}" for key, value in kind.items() if key != "levels") for kind in kinds)
+    rows.append(("base in training", f"{encoded or 'dense'}; computed in {training['dtype'].removeprefix('torch.')}"))
+    batch = f"{training['batch_size']} rows" if "batch_size" in training else "rows"
+    if "questions" in training:
+        rows.append(("data", f"{training['questions']} questions with answers, which are not part of this repository"))
+    clipped = "" if training["max_grad_norm"] is None else f", gradients clipped to norm {training['max_grad_norm']:g}"
+    others = "".join(f", {key} {value}" for key, value in optimizer.items() if key not in ("name", "lr"))
+    versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items() if version)
+    return [
+        *rows,
+        ("optimizer", f"{optimizer['name']}, learning rate {optimizer['lr']:g}{others}"),
+        ("schedule", f"{training['schedule']}, warm-up over {100 * training['warmup']:g} % of the steps{clipped}"),
+        ("steps", f"{training['steps']} of {training['accumulate']} x {batch}; seed {training['seed']}"),
+        ("loss per answer token", f"{loss['first']:.4f} in the first step, {loss['last']:.4f} in the last"),
+        ("made with", versions),
+    ]
+
+
+def _from(values: dict[str, Any]) -> str:
+    """Returns the arguments that name the base."""
+    revision = values.get("revision")
+    return json.dumps(values["base_model_name_or_path"]) + (f", revision={json.dumps(revision)}" if revision else "")
+
+
+def _quantize_argument(kinds: list[dict[str, Any]]) -> tuple[str, str]:
+    """Returns the argument that encodes the base as in training, and what it needs imported; "" for a dense base."""
+    if kinds == [{"format": "int8"}]:
+        return ", quantize=qlite.Linear8bit", ""
+    if len(kinds) != 1 or kinds[0]["format"] not in ("nf4", "fp4"):
+        return "", ""
+    default = {"block_size": 64, "double_quant": True}
+    options = [f"{key}={kinds[0][key]}" for key in default if kinds[0][key] != default[key]]
+    imports = ""
+    if kinds[0]["format"] == "fp4":
+        options, imports = [*options, "levels=FP4_LEVELS"], "from qlite.nf4 import FP4_LEVELS\n"
+    if not options:
+        return ", quantize=qlite.Linear4bit", ""
+    return f", quantize=functools.partial(qlite.Linear4bit, {', '.join(options)})", "import functools\n" + imports
+
+
+def _qlite_code(repo_id: str, values: dict[str, Any], training: dict[str, Any], falcon: bool) -> str:
+    if not falcon:
+        return f"import qlite\n\nmodel = ...  # the base, dense or quantized\nqlite.load_adapter(model, {json.dumps(repo_id)})"
+    quantize, imports = _quantize_argument(_kinds(training))
+    dtype = f", dtype={training['dtype']}" if training else ""
+    lines = [
+        f"{imports}import torch\nimport qlite",
+        "",
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        f"model = qlite.load_falcon({_from(values)}{quantize}, device=device{dtype})",
+        f"qlite.load_adapter(model, {json.dumps(repo_id)})",
+    ]
+    if "prompt" in training:
+        lines[0] += "\nfrom qlite.data import encode_prompt"
+        lines.append(f"tokenizer = qlite.load_tokenizer({_from(values)})")
+        lines.append(f"print(tokenizer.decode(qlite.generate(model, encode_prompt(tokenizer, {json.dumps(QUESTION)}))))")
+    return "\n".join(lines)
+
+
+def _peft_code(repo_id: str, values: dict[str, Any], training: dict[str, Any]) -> str:
+    """Returns code for a base that bitsandbytes encodes where its format is the run's (blocks of 64), or a dense one."""
+    kinds, dtype = _kinds(training), training.get("dtype", "torch.bfloat16")
+    four_bit = len(kinds) == 1 and kinds[0]["format"] in ("nf4", "fp4") and kinds[0]["block_size"] == 64
+    names = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if four_bit else "")
+    lines = ["import torch", "from peft import PeftModel", f"from transformers import {names}", ""]
+    argument = ""
+    if four_bit:
+        options = f'bnb_4bit_quant_type="{kinds[0]["format"]}", bnb_4bit_use_double_quant={kinds[0]["double_quant"]}'
+        lines.append(f"four_bit = BitsAndBytesConfig(load_in_4bit=True, {options}, bnb_4bit_compute_dtype={dtype})")
+        argument = ", quantization_config=four_bit"
+    lines += [
+        f'base = AutoModelForCausalLM.from_pretrained({_from(values)}{argument}, dtype={dtype}, device_map="auto")',
+        f"model = PeftModel.from_pretrained(base, {json.dumps(repo_id)}).eval()",
+    ]
+    if "prompt" in training:
+        prompt = training["prompt"].replace("{question}", QUESTION)
+        lines += [
+            f"tokenizer = AutoTokenizer.from_pretrained({_from(values)})",
+            f'inputs = tokenizer({json.dumps(prompt)}, return_tensors="pt", return_token_type_ids=False)',
+            "print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=64)[0]))",
+        ]
+    return "\n".join(lines)
