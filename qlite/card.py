@@ -54,6 +54,11 @@ def model_card(
     falcon = all(re.fullmatch(FALCON, name.rpartition(".")[0]) for name in tensors)
     parts += ["## With qlite", f"```python\n{_qlite_code(repo_id, values, training, falcon)}\n```"]
     parts += ["## With PEFT", f"```python\n{_peft_code(repo_id, values, training)}\n```"]
+    if kinds and falcon:
+        parts.append(
+            "The base is dense here, as transformers loads a Falcon even with a BitsAndBytesConfig (seen in 5.24); the adapter "
+            "was trained over the encoded one, so its answers may differ."
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -141,18 +146,13 @@ def _qlite_code(repo_id: str, values: dict[str, Any], training: dict[str, Any], 
 
 
 def _peft_code(repo_id: str, values: dict[str, Any], training: dict[str, Any]) -> str:
-    """Returns code for a base that bitsandbytes encodes where its format is the run's (blocks of 64), or a dense one."""
-    kinds, dtype = _kinds(training), training.get("dtype", "torch.bfloat16")
-    four_bit = len(kinds) == 1 and kinds[0]["format"] in ("nf4", "fp4") and kinds[0]["block_size"] == 64
-    names = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if four_bit else "")
-    lines = ["import torch", "from peft import PeftModel", f"from transformers import {names}", ""]
-    argument = ""
-    if four_bit:
-        options = f'bnb_4bit_quant_type="{kinds[0]["format"]}", bnb_4bit_use_double_quant={kinds[0]["double_quant"]}'
-        lines.append(f"four_bit = BitsAndBytesConfig(load_in_4bit=True, {options}, bnb_4bit_compute_dtype={dtype})")
-        argument = ", quantization_config=four_bit"
-    lines += [
-        f'base = AutoModelForCausalLM.from_pretrained({_from(values)}{argument}, dtype={dtype}, device_map="auto")',
+    """Returns code for a dense base: transformers encodes no layer of a Falcon (they are a subclass of nn.Linear)."""
+    dtype = training.get("dtype", "torch.bfloat16")
+    names = "AutoModelForCausalLM" + (", AutoTokenizer" if "prompt" in training else "")
+    lines = [
+        f"import torch\nfrom peft import PeftModel\nfrom transformers import {names}",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained({_from(values)}, dtype={dtype}, device_map="auto")',
         f"model = PeftModel.from_pretrained(base, {json.dumps(repo_id)}).eval()",
     ]
     if "prompt" in training:

@@ -81,7 +81,7 @@ def _check_arrived(snapshot: pathlib.Path, known: set[str], what: str) -> None:
 
     The hub's client compares sizes. Its cache names a file by SHA-256, or a small one by the SHA-1 that git gives it.
     """
-    for path in sorted(snapshot.iterdir()):
+    for path in sorted(snapshot.glob("*")):  # no folder, where the repository has no such file
         name = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
         if name in known or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name):
             continue
@@ -128,7 +128,7 @@ def _explain(error: BaseException) -> tuple[type[OSError], str]:
     answer = next((link for link in chain if isinstance(link, errors.HfHubHTTPError)), None)
     if answer is None:
         said = f": {' '.join(str(chain[-1]).split())[:200]}"
-        if isinstance(chain[-1], errors.HTTPError):  # type: ignore[attr-defined]
+        if any(isinstance(link, errors.HTTPError) for link in chain):  # type: ignore[attr-defined]
             return ConnectionError, f"no connection to {constants.ENDPOINT}, or it broke{said}; try again"
         return ConnectionError, f"the transfer failed{said}; try again"
     status, said = answer.response.status_code, f"{answer.response.status_code}"

@@ -66,7 +66,7 @@ class TrainResult:
         replace_file(folder / "training.json", json.dumps(self.facts, indent=2, default=str) + "\n")
         if importlib.util.find_spec("matplotlib") is None:
             return [folder / "training.json"]
-        _plot([float(step) for step in range(1, len(self.losses) + 1)], self.losses, folder / "loss.png")
+        _draw(_figure(), range(1, len(self.losses) + 1), self.losses, folder / "loss.png")
         return [folder / "training.json", folder / "loss.png"]
 
 
@@ -441,16 +441,20 @@ def plot_losses(metrics: str | pathlib.Path, image: str | pathlib.Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    figure = _figure()
     rows = read_metrics(metrics)
-    _plot([row["step"] for row in rows], [row["loss"] for row in rows], image)
+    _draw(figure, [row["step"] for row in rows], [row["loss"] for row in rows], image)
 
 
-def _plot(steps: Sequence[float], losses: Sequence[float], image: str | pathlib.Path) -> None:
+def _figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot_losses: matplotlib is not installed; pip install 'qlite[plot]'") from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    return Figure(figsize=(7, 4), layout="constrained")
+
+
+def _draw(figure: Any, steps: Sequence[float], losses: Sequence[float], image: str | pathlib.Path) -> None:
     axes = figure.subplots()
     axes.plot(steps, losses)
     axes.set(xlabel="step", ylabel="loss per answer token (nats)", title="Training loss", ylim=(0, None))
