@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import constants
 
 import qlite
+from qlite import cli
 from qlite.adapters import CONFIG
 from qlite.data import ASSETS
 from qlite.download import commit_of, hub_errors, is_repo_id, resolve_folder
@@ -378,20 +379,36 @@ def test_without_a_connection_a_whole_cache_answers(hub):
     assert contents(resolve_folder(REAL_ID)) == FILES
 
 
+def test_the_shell_says_in_one_line_what_is_not_in_the_cache(hub, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert cli.main(["generate", "Hello?", "--base", "me/absent", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("qlite generate: downloading me/absent: HF_HUB_OFFLINE is set") and not hub.requests
+
+
+SCRIPT = """
+from qlite.download import resolve_folder
+print(resolve_folder("me/tiny"))
+try:
+    resolve_folder("me/absent")
+except OSError as error:
+    print(repr(error))
+"""
+
+
 def test_the_environment_alone_turns_a_process_to_the_hub_and_offline(hub, tmp_path):
-    hub.add("me/tiny", {path.name: path.read_bytes() for path in (ASSETS / "tiny-falcon").iterdir()})
-    settings = environment(hub, tmp_path / "home")
-    arguments = ["generate", "Hello?", "--max-new-tokens", "2", "--base"]
+    hub.add("me/tiny", FILES)
 
-    def run(*ids, **more):
-        script = "import sys; from qlite import cli; sys.exit(max([cli.main(line) for line in eval(sys.argv[1])]))"
-        command = [sys.executable, "-c", script, repr([[*arguments, repo_id] for repo_id in ids])]
-        return subprocess.run(command, cwd=ROOT, env={**settings, **more}, capture_output=True, text=True, timeout=120)
+    def run(**more):
+        settings = {**environment(hub, tmp_path / "home"), "PYTHONPATH": str(ROOT), **more}
+        command = [sys.executable, "-c", SCRIPT]
+        return subprocess.run(
+            command, env=settings, capture_output=True, text=True, timeout=120, check=True
+        ).stdout.splitlines()
 
-    online = run("me/tiny")
-    assert online.returncode == 0 and online.stdout, online.stderr
+    online = run()
     asked = len(hub.requests)
-    offline = run("me/tiny", "me/absent", HF_HUB_OFFLINE="1")
-    assert offline.stdout == online.stdout and len(hub.requests) == asked > 0
-    assert offline.returncode == 2
-    assert offline.stderr.splitlines()[-1].startswith("qlite generate: downloading me/absent: HF_HUB_OFFLINE is set")
+    offline = run(HF_HUB_OFFLINE="1")
+    assert offline[0] == online[0] and contents(pathlib.Path(online[0])) == FILES and len(hub.requests) == asked > 0
+    assert pathlib.Path(online[0]).is_relative_to(tmp_path / "home" / "hub")
+    assert online[1].startswith("PermissionError") and offline[1].startswith("FileNotFoundError")
