@@ -347,7 +347,8 @@ def load_falcon(
 
     Raises:
         FileNotFoundError: no such folder or file. ValueError: no Falcon, a checkpoint that does not fit its config, a
-            non-finite weight, no such device, or `quantize` for a checkpoint that is encoded already.
+            non-finite weight, no such device, or `quantize` for a checkpoint that is encoded already. PermissionError,
+            ConnectionError: of the hub, see docs/sharing.md.
 
     Example:
         >>> from qlite.data import ASSETS

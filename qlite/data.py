@@ -45,7 +45,7 @@ def load_tokenizer(path_or_repo_id: str | pathlib.Path, *, revision: str | None 
 
     Raises:
         FileNotFoundError: the folder has no tokenizer.json. ValueError: the file is no tokenizer, or has no
-            end-of-text token.
+            end-of-text token. PermissionError, ConnectionError: of the hub, see docs/sharing.md.
 
     Example:
         >>> from qlite.data import ASSETS
