@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
-
-from torch import Tensor
 
 from qlite.lora import LoRAConfig
 
@@ -24,22 +23,23 @@ def model_card(
     config: LoRAConfig,
     values: dict[str, Any],
     training: dict[str, Any],
-    tensors: dict[str, Tensor],
     *,
+    layers: Sequence[str],
+    parameters: int,
     curve: str | None,
 ) -> str:
     """Returns the text of README.md.
 
     Args:
         repo_id: of the adapter. config, values: what adapter_config.json says, its base a hub id. training: see above.
-        tensors: `<layer>.lora_A` and `.lora_B` by name. curve: name of the image of the losses, if there is one.
+        layers: names of the adapted ones. parameters: of the adapter. curve: name of the image of the losses, if any.
     """
     base, kinds = values["base_model_name_or_path"], _kinds(training)
     front: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter", "library_name": "peft"}
     if values.get("task_type") == "CAUSAL_LM":
         front["pipeline_tag"] = "text-generation"
     front["tags"] = ["lora", *(["qlora"] if any("block_size" in kind for kind in kinds) else []), "qlite"]
-    table = [f"| {name} | {_cell(text)} |" for name, text in _facts(config, values, training, tensors)]
+    table = [f"| {name} | {_cell(text)} |" for name, text in _facts(config, values, training, parameters)]
     parts = [
         "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---"]),
         f"# {repo_id.rpartition('/')[2]}",
@@ -51,7 +51,7 @@ def model_card(
     if "prompt" in training:
         parts += ["## Prompt", f"```\n{training['prompt']}\n```"]
         parts.append("The answer follows after a space, and ends with `<|endoftext|>`.")
-    falcon = all(re.fullmatch(FALCON, name.rpartition(".")[0]) for name in tensors)
+    falcon = all(re.fullmatch(FALCON, name) for name in layers)
     parts += ["## With qlite", f"```python\n{_qlite_code(repo_id, values, training, falcon)}\n```"]
     parts += ["## With PEFT", f"```python\n{_peft_code(repo_id, values, training)}\n```"]
     if kinds and falcon:
@@ -71,16 +71,23 @@ def _kinds(training: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: value for key, value in kind.items() if key != "count"} for kind in training.get("layers", [])]
 
 
-def _facts(
-    config: LoRAConfig, values: dict[str, Any], training: dict[str, Any], tensors: dict[str, Tensor]
-) -> list[tuple[str, str]]:
+def _facts(config: LoRAConfig, values: dict[str, Any], training: dict[str, Any], parameters: int) -> list[tuple[str, str]]:
     """Returns the rows of the table."""
     targets, revision = values["target_modules"], values.get("revision")
-    numbers = sum(tensor.numel() for tensor in tensors.values())
+    kind = "".join(f"{name}, " for name, used in (("rsLoRA", config.rslora), ("DoRA", config.dora)) if used)
+    patterns = {
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "saved whole": config.modules_to_save,
+    }
+    others = "".join(f"; {name} {json.dumps(value)}" for name, value in patterns.items() if value)
     where = targets if isinstance(targets, str) else ", ".join(targets)
     rows = [
         ("base", f"`{values['base_model_name_or_path']}`" + (f" at `{revision}`" if revision else "")),
-        ("adapter", f"r={config.r}, alpha={config.alpha:g}, dropout {config.dropout:g}; {numbers:,} parameters"),
+        (
+            "adapter",
+            f"{kind}r={config.r}, alpha={config.alpha:g}, dropout {config.dropout:g}; {parameters:,} parameters{others}",
+        ),
         ("on", f"`{where}`"),
     ]
     if not training:

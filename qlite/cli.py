@@ -321,7 +321,7 @@ def finetune(options: argparse.Namespace) -> int:
         print(f"optimizer state paged to host memory: {optimizer.paged_bytes / 1e6:.2f} MB")
     if model.transformer.word_embeddings.weight.is_cuda:
         print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    adapter = qlite.save_adapter(model, output / "adapter", base_id=options.base)
+    adapter = qlite.save_adapter(model, output / "adapter")
     result.save(adapter)  # for the card, where it is pushed
     size = (adapter / "adapter_model.safetensors").stat().st_size
     print(f"wrote {adapter} ({size / 1e6:.2f} MB) and {output / 'metrics.jsonl'}")

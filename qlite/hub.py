@@ -17,7 +17,7 @@ from typing import Any
 from qlite.adapters import CONFIG, TENSORS, read_config, read_tensors
 from qlite.card import model_card
 from qlite.download import hub_errors, is_repo_id
-from qlite.storage import read_json
+from qlite.storage import read_json, read_metadata
 
 CARD, TRAINING, CURVE = "README.md", "training.json", "loss.png"
 
@@ -84,22 +84,25 @@ def _prepare(folder: pathlib.Path, repo_id: str, base_id: str | None) -> tuple[d
     """Returns what goes to the hub by name, and the card if it is ours; ValueError for what must not go."""
     if not is_repo_id(repo_id):
         raise ValueError(f"push_adapter: repo_id is {repo_id!r}; wanted a hub id of the form owner/name")
-    config, stored = read_config(folder)
-    tensors, metadata = read_tensors(folder, config.r)
-    values = _with_base(stored, base_id, folder / CONFIG)
+    config, found = read_config(folder)
+    stored = read_tensors(folder, config)
+    values = _with_base(found, base_id, folder / CONFIG)
     training = read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {}
-    for name, value in ((CONFIG, values), (TENSORS, metadata), (TRAINING, training)):
+    for name, value in ((CONFIG, values), (TENSORS, read_metadata(folder / TENSORS)), (TRAINING, training)):
         paths = list(_machine_paths(value, ""))
         if paths:
             raise ValueError(f"push_adapter: {folder / name} holds a path of this machine, {'; '.join(paths)}; remove it")
     files: dict[str, bytes | pathlib.Path] = {name: folder / name for name in (CONFIG, TENSORS)}
-    if values is not stored:
+    if values is not found:
         files[CONFIG] = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
     files |= {name: folder / name for name in (TRAINING, CURVE) if (folder / name).is_file()}
     if (folder / CARD).is_file():
         return {**files, CARD: folder / CARD}, None
+    kept = [tensors for part in (stored.layers, stored.saved) for tensors in part.values()]
+    parameters = sum(tensor.numel() for tensors in kept for tensor in tensors.values())
+    curve = CURVE if CURVE in files else None
     try:
-        card = model_card(repo_id, config, values, training, tensors, curve=CURVE if CURVE in files else None)
+        card = model_card(repo_id, config, values, training, layers=list(stored.layers), parameters=parameters, curve=curve)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"push_adapter: {folder / TRAINING} is not as qlite writes it ({error!r}); remove it") from error
     return {**files, CARD: card.encode()}, card

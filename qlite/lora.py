@@ -1,24 +1,32 @@
-"""Low-rank adapters beside frozen layers: y = base(x) + (alpha / r) * B A dropout(x).
+"""Low-rank adapters beside frozen layers: y = base(x) + scaling * B A dropout(x).
 
-Hu et al., LoRA (arXiv 2106.09685), section 4.1. The wrapper is blind to what it wraps: anything with `in_features`,
-`out_features` and a call, dense or encoded. A starts uniform and B at zero, so an untrained adapter changes nothing. The
-adapter weights are float32 whatever the base computes in; the products run in the dtype of x.
+Hu et al., LoRA (arXiv 2106.09685), section 4.1; with rank-stabilised scaling (arXiv 2312.03732) and, on request, DoRA's
+trained row norms (arXiv 2402.09353). The wrapper is blind to what it wraps: it needs sizes and a call, dense or encoded.
+An adapter starts as a change of nothing (lora_init.py has the other starts). The adapter weights are float32 whatever the
+base computes in; the products run in the dtype of the base's output.
 
-Not done here: files (adapters.py), merging a whole model (merge.py), DoRA and other relatives.
+Not done here: files (adapters.py), merging a whole model (merge.py), adapters on embeddings, convolutions or biases.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from qlite import lora_init
+
 ALL_LINEAR = "all-linear"
+#: Features at a time when the rows of a weight are asked for by way of its layer.
+CHUNK = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +38,19 @@ class LoRAConfig:
         targets: "all-linear" (every linear layer but the output head; the default, since adapters on all of a block's
             layers are what matches full fine-tuning: arXiv 2305.14314, section 4), a list of exact names or last parts
             of dotted names, or any other string: a regular expression that must match the whole name.
+        exclude: layers to leave out of the targets: names or an expression, as in targets.
+        layers: numbers of the blocks to adapt (the first number in a dotted name); None: all. Not with an expression.
+        rank_pattern, alpha_pattern: r and alpha of the layers whose dotted name ends in a key; keys are regular
+            expressions, and the first that matches counts.
+        modules_to_save: names, or last parts of names, of modules that are trained and saved whole, such as "lm_head". One
+            whose weight is also another module's is copied, so that the other one stays.
+        rslora: scale by alpha / sqrt(r) instead. dora: train the norm of each row of the weight too.
+        init: "kaiming" (A uniform, B zero), "gaussian" (A normal, B zero), "pissa" (the leading singular vectors of the
+            base), "loftq" (those of what encoding took from it); lora_init.py tells them apart.
 
     Raises:
-        ValueError: r < 1, alpha not finite and positive, dropout outside [0, 1), or no targets.
+        ValueError: r < 1, alpha not finite and positive, dropout outside [0, 1), no targets, layers with an expression, a
+            pattern that is no expression or could take long to match, an unknown init.
         TypeError: r is not an int.
 
     Example:
@@ -44,20 +62,39 @@ class LoRAConfig:
     alpha: float = 32.0
     dropout: float = 0.05
     targets: str | tuple[str, ...] = ALL_LINEAR
+    exclude: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    rslora: bool = False
+    dora: bool = False
+    init: str = "kaiming"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or isinstance(self.r, bool):
-            raise TypeError(f"LoRAConfig: r is {self.r!r}; wanted an int")
-        if self.r < 1:
-            raise ValueError(f"LoRAConfig: r is {self.r}; wanted at least 1")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"LoRAConfig: alpha is {self.alpha}; wanted a finite number above 0")
+        for key, r in {"r": self.r, **self.rank_pattern}.items():
+            if not isinstance(r, int) or isinstance(r, bool):
+                raise TypeError(f"LoRAConfig: {key} is {r!r}; wanted an int")
+            if r < 1:
+                raise ValueError(f"LoRAConfig: {key} is {r}; wanted at least 1")
+        for key, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if not (math.isfinite(alpha) and alpha > 0):
+                raise ValueError(f"LoRAConfig: {key} is {alpha}; wanted a finite number above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRAConfig: dropout is {self.dropout}; wanted 0 <= dropout < 1")
-        if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(self.targets))
+        for key in ("targets", "exclude", "modules_to_save", "layers"):
+            if not isinstance(getattr(self, key), (str, type(None))):
+                object.__setattr__(self, key, tuple(getattr(self, key)))
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"LoRAConfig: modules_to_save is {self.modules_to_save!r}; wanted a list of names")
         if not self.targets:
             raise ValueError("LoRAConfig: targets is empty; name layers, or use 'all-linear'")
+        if self.layers is not None and isinstance(self.targets, str) and self.targets != ALL_LINEAR:
+            raise ValueError("LoRAConfig: layers goes with names or 'all-linear'; an expression can hold the numbers itself")
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            _check_pattern(key)
+        if self.init not in lora_init.STARTS:
+            raise ValueError(f"LoRAConfig: init is {self.init!r}; wanted one of {', '.join(lora_init.STARTS)}")
 
     @classmethod
     def qlora_2023(cls) -> LoRAConfig:
@@ -66,22 +103,63 @@ class LoRAConfig:
 
     @property
     def scaling(self) -> float:
-        """The factor on the adapter's output, alpha / r."""
-        return self.alpha / self.r
+        """The factor on the adapter's output, alpha / r, or alpha / sqrt(r) under rslora."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def of_layer(self, name: str) -> LoRAConfig:
+        """Returns this config with the r and alpha that the patterns give a layer, and no patterns."""
+        r, alpha = _first_match(self.rank_pattern, name, self.r), _first_match(self.alpha_pattern, name, self.alpha)
+        return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+
+def _check_pattern(pattern: str) -> None:
+    """ValueError for what is no regular expression, or one that could take longer than a moment on some name."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"LoRAConfig: the pattern {pattern!r} is no regular expression ({error})") from error
+    # Without a repeated group the time is a polynomial in the length of a name, of the number of repetitions as degree.
+    if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3 or len(pattern) > 500:
+        raise ValueError(f"LoRAConfig: the pattern {pattern[:80]!r} repeats a group or too much; name the layers instead")
+
+
+def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+
+
+def features(module: nn.Module) -> tuple[int, int] | None:
+    """Returns `(in_features, out_features)` of a linear layer, or None for another module.
+
+    transformers' Conv1D, which keeps its weight as (in_features, out_features), is a linear layer too.
+    """
+    # torch's own attention reads the weight of its output layer, which a wrapper has not.
+    if isinstance(module, (nn.Bilinear, NonDynamicallyQuantizableLinear)):
+        return None
+    if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int):
+        weight: Any = module.weight
+        return tuple(weight.shape)
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return sizes if isinstance(sizes[0], int) and isinstance(sizes[1], int) else None  # type: ignore[return-value]
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trainable low-rank update.
 
     Args:
-        base: a module with in_features, out_features and a call on (..., in_features).
-        config: rank, scale and dropout.
-        generator: for the random start of A (CPU), or None for PyTorch's global one.
+        base: a linear layer: in_features, out_features (or transformers' Conv1D) and a call on (..., in_features).
+        config: rank, scale, dropout and start; patterns are add_lora's matter.
+        generator: for the random start (CPU), or None for PyTorch's global one.
+        dense: the weight (out_features, in_features) that the base encodes; for the start "loftq" alone.
 
     Attributes:
         base: the wrapped layer. lora_A: float32 Parameter (r, in_features). lora_B: float32 Parameter (out_features, r).
+        start_A, start_B: float32 buffers of the same shapes, whose product is subtracted: the start "pissa", else None.
+        magnitude: float32 Parameter (out_features,), the row norms that DoRA trains, else None.
 
-    Source: arXiv 2106.09685, section 4.1, eq. 3.
+    Raises:
+        ValueError: a start or DoRA that needs the base's weight, and the base is on the meta device.
+
+    Source: arXiv 2106.09685, section 4.1, eq. 3; DoRA: arXiv 2402.09353, eq. 5, the norm held constant (section 4.3).
 
     Example:
         >>> layer = qlite.LoRALinear(torch.nn.Linear(64, 32), qlite.LoRAConfig(r=4))
@@ -89,27 +167,93 @@ class LoRALinear(nn.Module):
         (torch.Size([4, 64]), torch.Size([32, 4]))
     """
 
-    def __init__(self, base: nn.Module, config: LoRAConfig, *, generator: torch.Generator | None = None):
+    start_A: Tensor | None
+    start_B: Tensor | None
+    base_norm: Tensor
+
+    def __init__(
+        self,
+        base: nn.Module,
+        config: LoRAConfig,
+        *,
+        generator: torch.Generator | None = None,
+        dense: Tensor | None = None,
+    ):
         super().__init__()
+        sizes = features(base)
+        assert sizes is not None, type(base)
         self.base = base
-        self.in_features: int = base.in_features  # type: ignore[assignment]
-        self.out_features: int = base.out_features  # type: ignore[assignment]
+        self.in_features, self.out_features = sizes
         self.scaling = config.scaling
         self.dropout = nn.Dropout(config.dropout)
         device = next(base.parameters()).device
-        # Kaiming's bound with a = sqrt(5), which the reference implementation of LoRA uses, is 1 / sqrt(in_features).
-        bound = 1 / math.sqrt(self.in_features)
-        start = torch.rand(config.r, self.in_features, generator=generator, dtype=torch.float32)
-        self.lora_A = nn.Parameter(((start * 2 - 1) * bound).to(device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.r, device=device, dtype=torch.float32))
+        needs_weight = config.dora or config.init in lora_init.FROM_WEIGHT
+        if needs_weight and device.type == "meta":
+            raise ValueError(f"LoRALinear: init={config.init!r}, dora={config.dora} need the base's weight; load it first")
+        if config.init in lora_init.FROM_WEIGHT:
+            weight = torch.cat(list(self._columns()), dim=1)
+            a, b = lora_init.from_weight(config.init, weight, dense, config.r, self.scaling, generator)
+        else:
+            a, b = lora_init.at_zero(config.init, self.in_features, self.out_features, config.r, generator)
+        self.lora_A, self.lora_B = (nn.Parameter(t.to(device)) for t in (a, b))
+        subtracted = config.init == "pissa"
+        self.register_buffer("start_A", self.lora_A.detach().clone() if subtracted else None)
+        self.register_buffer("start_B", self.lora_B.detach().clone() if subtracted else None)
+        self.magnitude = None
+        if config.dora:
+            squared = sum(columns.square().sum(dim=1) for columns in self._columns())
+            assert isinstance(squared, Tensor)
+            self.register_buffer("base_norm", squared.sqrt(), persistent=False)
+            self.magnitude = nn.Parameter(self._norm())
+
+    def _of_base(self, x: Tensor) -> Tensor:
+        """Returns x @ weight.T for the base's weight, float32: its answer without the bias, outside of any autocast."""
+        weight: Any = self.base.weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32  # an encoded layer takes any
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            result = self.base(x.to(dtype)).float()
+            bias: Any = getattr(self.base, "bias", None)
+            return result if bias is None else result - bias.float()
+
+    def _columns(self) -> Iterator[Tensor]:
+        """Yields the base's weight in float32, CHUNK columns at a time, (out_features, up to CHUNK)."""
+        device = next(self.base.parameters()).device
+        for first in range(0, self.in_features, CHUNK):
+            unit = torch.zeros(min(CHUNK, self.in_features - first), self.in_features, device=device)
+            unit[:, first:].fill_diagonal_(1)
+            yield self._of_base(unit).T
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Returns A and B of the update: (r, in_features) and (out_features, r), or of rank 2 r with a start to subtract."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat((self.lora_A, self.start_A)), torch.cat((self.lora_B, -self.start_B), dim=1)
+
+    def _norm(self) -> Tensor:
+        """Returns the norm of each row of base + update, (out_features,), from three products of rank r."""
+        a, b = (factor.detach().float() for factor in self.factors())
+        mixed = (b * self._of_base(a).T).sum(dim=1)
+        update = ((b @ (a @ a.T)) * b).sum(dim=1)
+        squared = self.base_norm.float().square() + 2 * self.scaling * mixed + self.scaling**2 * update
+        # A row of zeros has norm and magnitude zero; their quotient must not be 0 / 0.
+        return squared.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns base(x) + scaling * B A dropout(x), (..., out_features), in the dtype of base(x)."""
+        """Returns base(x) + scaling * B A dropout(x), (..., out_features), in the dtype of base(x).
+
+        Under DoRA, what is not bias is multiplied by magnitude / norm, row by row.
+        """
         result = self.base(x)
+        a, b = self.factors()
         # Cast to what the base computed in: under autocast that is not the dtype of x.
-        low_rank = nn.functional.linear(self.dropout(x).to(result.dtype), self.lora_A.to(result.dtype))
-        update = nn.functional.linear(low_rank, self.lora_B.to(result.dtype))
-        return result + update * self.scaling
+        low_rank = nn.functional.linear(self.dropout(x).to(result.dtype), a.to(result.dtype))
+        update = nn.functional.linear(low_rank, b.to(result.dtype)) * self.scaling
+        if self.magnitude is None:
+            return result + update
+        gain = (self.magnitude / self._norm()).to(result.dtype)
+        bias: Any = getattr(self.base, "bias", None)
+        product = result if bias is None else result - bias.to(result.dtype)
+        return result + (product * (gain - 1) + update * gain)
 
     def merged(self, dense: Tensor) -> Tensor:
         """Returns the weight that does what base and adapter do together, float32 (out_features, in_features).
@@ -117,11 +261,17 @@ class LoRALinear(nn.Module):
         Args:
             dense: the weight of the base, (out_features, in_features).
         """
-        return dense.float() + (self.lora_B @ self.lora_A) * self.scaling
+        a, b = self.factors()
+        weight = dense.float() + (b @ a) * self.scaling
+        if self.magnitude is None:
+            return weight
+        norm = weight.norm(dim=1).clamp(min=math.sqrt(torch.finfo(torch.float32).tiny))
+        return weight * (self.magnitude / norm)[:, None]
 
     def extra_repr(self) -> str:
         """Returns what `print(module)` shows beside the children."""
-        return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}"
+        dora = "" if self.magnitude is None else ", dora"
+        return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}{dora}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,24 +279,19 @@ class AdapterReport:
     """What `add_lora` did; `print` it.
 
     Attributes:
-        targets: names of the layers that carry an adapter.
+        targets: names of the layers that carry an adapter. saved: names of the modules that are trained whole.
         trainable: trainable parameters. total: all parameters, a 4-bit weight counted as the weights it stands for.
     """
 
     targets: tuple[str, ...]
     trainable: int
     total: int
+    saved: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total
-        return f"LoRA on {len(self.targets)} layers: trainable {self.trainable:,} of {self.total:,} ({share:.3f} %)"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    # torch's own attention reads the weight of its output layer, which a wrapper has not.
-    others = isinstance(module, (nn.Bilinear, NonDynamicallyQuantizableLinear))
-    return isinstance(in_features, int) and isinstance(out_features, int) and not others
+        whole = f" and all of {', '.join(self.saved)}" if self.saved else ""
+        return f"LoRA on {len(self.targets)} layers{whole}: trainable {self.trainable:,} of {self.total:,} ({share:.3f} %)"
 
 
 def _count_parameters(model: nn.Module) -> int:
@@ -154,10 +299,10 @@ def _count_parameters(model: nn.Module) -> int:
     total: int = 0
     seen: set[int] = set()
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        encoded = _is_linear(module) and isinstance(weight, Tensor) and not weight.is_floating_point()
-        if encoded:
-            total += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+        weight, sizes = getattr(module, "weight", None), features(module)
+        encoded = sizes is not None and isinstance(weight, Tensor) and not weight.is_floating_point()
+        if encoded and sizes is not None:
+            total += sizes[0] * sizes[1]
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen and not (encoded and not parameter.is_floating_point()):
                 total += parameter.numel()
@@ -171,35 +316,95 @@ def _matches(name: str, targets: str | tuple[str, ...]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def _find_targets(linears: dict[str, nn.Module], config: LoRAConfig) -> list[str]:
-    """Returns the names that config.targets selects; ValueError for a target that selects none."""
-    targets = config.targets
-    if targets == ALL_LINEAR:
-        return [name for name in linears if name.rpartition(".")[2] != "lm_head"]
+def _check_each(what: str, targets: str | tuple[str, ...], names: list[str], kind: str) -> None:
+    """ValueError for an expression that is none, or for a target that matches no name."""
     if isinstance(targets, str):
         try:
             re.compile(targets)
         except re.error as error:
-            raise ValueError(f"add_lora: targets is no regular expression: {targets!r} ({error})") from error
+            raise ValueError(f"add_lora: {what} is no regular expression: {targets!r} ({error})") from error
     for target in (targets,) if isinstance(targets, str) else targets:
-        if not any(_matches(name, target if isinstance(targets, str) else (target,)) for name in linears):
-            known = sorted({name.rpartition(".")[2] for name in linears})
-            close = difflib.get_close_matches(target, [*known, *linears], n=3, cutoff=0.4) or known[:8]
-            raise ValueError(f"add_lora: target {target!r} matches no linear layer; close names: {', '.join(close)}")
-    return [name for name in linears if _matches(name, targets)]
+        if not any(_matches(name, target if isinstance(targets, str) else (target,)) for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names})
+            close = difflib.get_close_matches(target, [*known, *names], n=3, cutoff=0.4) or known[:8]
+            raise ValueError(f"add_lora: {what} {target!r} matches no {kind}; close names: {', '.join(close)}")
 
 
-def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int | None = None) -> AdapterReport:
+def _in_layers(name: str, layers: tuple[int, ...] | None) -> bool:
+    number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+    return layers is None or number in layers
+
+
+def _find_targets(model: nn.Module, linears: list[str], saved: dict[str, nn.Module], config: LoRAConfig) -> list[str]:
+    """Returns the names that the config selects; ValueError for a part of it that selects none."""
+    inside = tuple(f"{name}." for name in saved)
+    names = [name for name in linears if name not in saved and not name.startswith(inside)]
+    if config.targets == ALL_LINEAR:
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        head = {name for name, module in model.named_modules() if output is not None and module is output}
+        chosen = [name for name in names if name.rpartition(".")[2] != "lm_head" and name not in head]
+    else:
+        _check_each("target", config.targets, names, "linear layer")
+        chosen = [name for name in names if _matches(name, config.targets)]
+    if config.exclude:
+        _check_each("exclude", config.exclude, linears, "linear layer")
+        chosen = [name for name in chosen if not _matches(name, config.exclude)]
+    for layer in config.layers or ():
+        if not any(_in_layers(name, (layer,)) for name in chosen):
+            raise ValueError(f"add_lora: layers names block {layer}, and no target is in one of that number")
+    chosen = [name for name in chosen if _in_layers(name, config.layers)]
+    if not chosen:
+        raise ValueError("add_lora: exclude leaves no layer to adapt")
+    for key in (*config.rank_pattern, *config.alpha_pattern):
+        if not any(_first_match({key: True}, name, False) for name in chosen):
+            raise ValueError(f"add_lora: the pattern {key!r} matches no layer that gets an adapter")
+    return chosen
+
+
+def saved_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """Returns the modules that config.modules_to_save names, by name, in the order of the modules."""
+    return {name: module for name, module in model.named_modules() if name and _matches(name, config.modules_to_save)}
+
+
+def _check_saved(model: nn.Module, saved: dict[str, nn.Module], config: LoRAConfig) -> None:
+    _check_each("modules_to_save", config.modules_to_save, [name for name, _ in model.named_modules() if name], "module")
+    for name, module in saved.items():
+        frozen = [key for key, p in module.named_parameters() if not p.is_floating_point()]
+        if frozen or not any(True for _ in module.parameters()):
+            why = f"{frozen[0]} is encoded: leave it dense with quantize_model's skip" if frozen else "it has no parameter"
+            raise ValueError(f"add_lora: {name} of modules_to_save cannot be trained: {why}")
+        if any(other != name and other.startswith(f"{name}.") for other in saved):
+            raise ValueError(f"add_lora: {name} of modules_to_save holds another one")
+
+
+def _train_whole(model: nn.Module, name: str) -> None:
+    """Makes a module trainable; one whose weight is another's too (a tied head) becomes a copy."""
+    module = model.get_submodule(name)
+    own = {id(parameter) for parameter in module.parameters()}
+    everyone = [key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in own]
+    if not all(key.startswith(f"{name}.") for key in everyone):
+        parent, _, child = name.rpartition(".")
+        module = copy.deepcopy(module)
+        setattr(model.get_submodule(parent), child, module)
+    module.requires_grad_(True)
+
+
+def add_lora(
+    model: nn.Module, config: LoRAConfig, *, seed: int | None = None, dense: Callable[[str], Tensor] | None = None
+) -> AdapterReport:
     """Returns a report, having frozen the model and wrapped every target layer in a LoRALinear, in place.
 
     Sets `model.lora_config`. Layers that hold an encoded or dense weight are treated alike.
 
     Args:
-        model: any module with linear layers. config: rank and targets.
+        model: any module with linear layers. config: rank, targets and start.
         seed: for the random start of the adapters; None draws from PyTorch's global generator.
+        dense: gives the weight (out_features, in_features), of any device, that the layer of a name was encoded from; for
+            the start "loftq", and only for it.
 
     Raises:
-        ValueError: the model has adapters already, or a target matches no linear layer (close names are given).
+        ValueError: the model has adapters already, or a target matches no linear layer (close names are given), a module
+            to save is encoded, a start that needs the base's weight and it is on meta, "loftq" without dense.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -208,23 +413,33 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int | None = None) -
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("add_lora: the model has adapters already; load a fresh base, or merge_adapter first")
-    linears = {name: module for name, module in model.named_modules() if name and _is_linear(module)}
+    if (config.init == "loftq") != (dense is not None):
+        raise ValueError(f"add_lora: init is {config.init!r}; dense goes with 'loftq', which cannot do without it")
+    linears = {name: module for name, module in model.named_modules() if name and features(module) is not None}
     if not linears:
         raise ValueError(f"add_lora: {type(model).__name__} has no linear layer to adapt")
-    names = _find_targets(linears, config)
-    model.requires_grad_(False)
+    saved = saved_modules(model, config)
+    _check_saved(model, saved, config)
+    names = _find_targets(model, list(linears), saved, config)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    for name in names:
+    adapted: dict[str, LoRALinear] = {}
+    for name in names:  # all are made before the model is changed
+        original = None if dense is None else dense(name)
+        adapted[name] = LoRALinear(linears[name], config.of_layer(name), generator=generator, dense=original)
+    model.requires_grad_(False)
+    for name, module in adapted.items():
         parent, _, child = name.rpartition(".")
-        adapted = LoRALinear(linears[name], config, generator=generator).train(linears[name].training)
-        setattr(model.get_submodule(parent), child, adapted)
+        setattr(model.get_submodule(parent), child, module.train(linears[name].training))
+    for name in saved:
+        _train_whole(model, name)
     model.lora_config = config  # type: ignore[assignment]
     trainable = sum(parameter.numel() for parameter in lora_parameters(model))
-    return AdapterReport(tuple(names), trainable, _count_parameters(model))
+    return AdapterReport(tuple(names), trainable, _count_parameters(model), tuple(saved))
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the adapters' parameters, lora_A before lora_B, in the order of the modules.
+    """Returns what the model's adapter trains, in the order of the modules: lora_A, lora_B and, under DoRA, magnitude of
+    each layer, then the parameters of the modules that are saved whole.
 
     Raises:
         ValueError: the model has no adapter.
@@ -238,4 +453,6 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if not adapted:
         raise ValueError(f"lora_parameters: {type(model).__name__} has no adapters; call add_lora first")
-    return [parameter for module in adapted for parameter in (module.lora_A, module.lora_B)]
+    found = [p for module in adapted for p in (module.lora_A, module.lora_B, module.magnitude) if p is not None]
+    config: LoRAConfig = model.lora_config  # type: ignore[assignment]
+    return found + [p for module in saved_modules(model, config).values() for p in module.parameters()]

@@ -1,5 +1,6 @@
 """Adapters as files: what is written comes back bit for bit, what does not fit is refused by name, what is merged is exact."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -104,6 +105,11 @@ def test_the_files_are_those_of_peft(tmp_path):
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "revision": None,
+        "use_dora": False,
+        "use_rslora": False,
     }
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a" / "b").iterdir()} == {0o644}
 
@@ -207,6 +213,103 @@ def test_an_adapter_that_is_not_finite_is_not_saved(key, value, tmp_path):
     assert stored_bytes(tmp_path) == before
 
 
+KINDS_OF_ADAPTER = {
+    "rank-stabilised": {"rslora": True},
+    "DoRA": {"dora": True},
+    "ranks of their own": {"rank_pattern": {"dense": 5, r"h\.1\.mlp\..*": 2}, "alpha_pattern": {"query_key_value": 3.0}},
+    "a norm and the tied head": {"modules_to_save": ["ln_f", "lm_head"]},
+    "some blocks": {"layers": [1], "exclude": ["dense"]},
+    "all at once": {"dora": True, "rslora": True, "rank_pattern": {"dense": 1}, "modules_to_save": ["h.0.input_layernorm"]},
+}
+kinds_of_adapter = pytest.mark.parametrize("options", KINDS_OF_ADAPTER.values(), ids=KINDS_OF_ADAPTER)
+
+
+@kinds_of_adapter
+@kinds
+def test_every_kind_of_adapter_comes_back_bit_for_bit(kind, options, tmp_path):
+    model, again = base_of(kind), base_of(kind)
+    adapt(model, **options)
+    trained = qlite.lora_parameters(model)
+    for parameter in trained:
+        parameter.data += 0.1
+    qlite.save_adapter(model, tmp_path / "one")
+    report = qlite.load_adapter(again, tmp_path / "one")
+    assert set(report.targets) == set(adapted(again)) == set(adapted(model))
+    assert torch.equal(logits(again), logits(model))
+    assert (logits(model) - logits(base_of(kind))).abs().max() > 0.01
+    assert [p.shape for p in qlite.lora_parameters(again)] == [p.shape for p in trained]
+    assert all(p.requires_grad for p in qlite.lora_parameters(again))
+    # Over one that is there, and out again.
+    with torch.no_grad():
+        for parameter in qlite.lora_parameters(again):
+            parameter.zero_()
+    assert qlite.load_adapter(again, tmp_path / "one") is None and torch.equal(logits(again), logits(model))
+    qlite.save_adapter(again, tmp_path / "two")
+    assert stored_bytes(tmp_path / "two")[TENSORS] == stored_bytes(tmp_path / "one")[TENSORS]
+    third = base_of(kind)
+    qlite.load_adapter(third, tmp_path / "two")
+    assert torch.equal(logits(third), logits(model))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_that_began_as_pissa_is_saved_as_one_of_twice_the_rank_that_fits_the_base(rslora, tmp_path):
+    model, again = base_of(qlite.Linear4bit), base_of(qlite.Linear4bit)
+    config = qlite.LoRAConfig(r=3, alpha=6.0, dropout=0.0, init="pissa", rslora=rslora, rank_pattern={"dense": 2})
+    config = dataclasses.replace(config, alpha_pattern={"query_key_value": 1.5})
+    qlite.add_lora(model, config, seed=0)
+    for parameter in qlite.lora_parameters(model):
+        parameter.data *= 1.2
+    qlite.save_adapter(model, tmp_path)
+    qlite.load_adapter(again, tmp_path)
+    assert adapted(again)[UP].lora_A.shape[0] == 6 and again.lora_config.rank_pattern == {"dense": 4}
+    assert again.lora_config.scaling == pytest.approx(config.scaling, rel=2**-50)
+    # The same two products, by a scaling that may differ in its last bit.
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="on other layers or of another rank"):
+        qlite.load_adapter(model, tmp_path)
+
+
+def test_an_untrained_adapter_is_saved_with_a_warning(tmp_path):
+    model = base_of()
+    qlite.add_lora(model, qlite.LoRAConfig(r=2), seed=0)
+    with pytest.warns(UserWarning, match="every lora_B is zero: the adapter was not trained"):
+        qlite.save_adapter(model, tmp_path)
+    qlite.load_adapter(base_of(), tmp_path)
+
+
+def test_a_disk_that_gives_back_other_bytes_is_told_and_the_old_adapter_stays(tmp_path, monkeypatch):
+    model = base_of()
+    adapt(model)
+    qlite.save_adapter(model, tmp_path)
+    before = stored_bytes(tmp_path)
+    monkeypatch.setattr(adapters, "read_tensor", lambda stored: torch.zeros(stored.shape))
+    with pytest.raises(OSError, match="does not hold what was written to it"):
+        qlite.save_adapter(model, tmp_path)
+    assert stored_bytes(tmp_path) == before
+
+
+def test_a_whole_module_too_large_for_the_dtype_of_the_model_is_refused(tmp_path):
+    model = base_of()
+    adapt(model, modules_to_save=["ln_f"])
+    model.transformer.ln_f.weight.data[0] = 1e30
+    qlite.save_adapter(model, tmp_path)
+    half = base_of(dtype=torch.float16)
+    before = state_of(half)
+    with pytest.raises(ValueError, match=r"ln_f\.weight holds a value that is not finite in .*float16"):
+        qlite.load_adapter(half, tmp_path)
+    assert state_of(half) == before
+
+
+def test_the_revision_of_the_base_is_kept_unless_the_base_is_named_otherwise(tmp_path):
+    model = base_of()
+    adapt(model)
+    model.base_id, model.base_revision = "tiiuae/falcon-7b", "c0ffee"
+    for name, options in (("one", {}), ("two", {"base_id": "me/mine"})):
+        qlite.save_adapter(model, tmp_path / name, **options)
+    found = [json.loads((tmp_path / name / CONFIG).read_text())["revision"] for name in ("one", "two")]
+    assert found == ["c0ffee", None]
+
+
 # Which layers it is on.
 
 
@@ -254,6 +357,15 @@ def test_names_that_end_other_names_come_back_as_the_same_layers(names, tmp_path
     report = qlite.load_adapter(again, tmp_path)
     assert set(adapted(again)) == names == set(report.targets)
     assert torch.equal(again(torch.ones(2, 4)), model(torch.ones(2, 4)))
+
+
+def test_a_rank_of_its_own_is_not_that_of_a_name_that_ends_in_it(tmp_path):
+    # "a" comes first in the file, and ends the other's name.
+    model, again = (nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.ModuleDict({"a": nn.Linear(4, 4)})}) for _ in range(2))
+    adapt(model, targets=["a"], rank_pattern={r"b\.a": 2, "a": 5})
+    qlite.save_adapter(model, tmp_path)
+    qlite.load_adapter(again, tmp_path)
+    assert [module.lora_A.shape[0] for module in adapted(again).values()] == [5, 2]
 
 
 @pytest.mark.parametrize("name", ["a+", "(", "[a", "a|b", "all-linear", "base", "dropout"])
@@ -368,9 +480,10 @@ def test_where_one_of_them_has_no_fingerprint_the_shapes_decide(forgotten, tmp_p
 
 
 UNSUPPORTED = [
-    ("bias", "all"), ("bias", "lora_only"), ("use_dora", True), ("use_rslora", True), ("lora_bias", True),
-    ("fan_in_fan_out", True), ("use_qalora", True), ("modules_to_save", ["lm_head"]), ("rank_pattern", {"dense": 4}),
-    ("alpha_pattern", {"dense": 4}), ("trainable_token_indices", [1]), ("layer_replication", [[0, 1]]),
+    ("bias", "all"), ("bias", "lora_only"), ("lora_bias", True), ("use_qalora", True), ("ensure_weight_tying", True),
+    ("use_dora", 1), ("use_rslora", "yes"), ("fan_in_fan_out", [0]), ("modules_to_save", "lm_head"), ("modules_to_save", [1]),
+    ("modules_to_save", ["lm_head"]), ("rank_pattern", ["dense"]), ("alpha_pattern", {"dense": "4"}),
+    ("alpha_pattern", {"dense": True}), ("trainable_token_indices", [1]), ("layer_replication", [[0, 1]]),
     ("target_parameters", ["mlp.weight"]), ("alora_invocation_tokens", [1, 2]), ("use_bdlora", {"nblocks": 2}),
     ("arrow_config", {"top_k": 3}), ("kasa_config", {}), ("monteclora_config", {}), ("init_lora_weights", "pissa"),
     ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"), ("init_lora_weights", "loftq"),
@@ -399,6 +512,18 @@ CONFIG_FAULTS = {
     "an empty list of targets": ({"target_modules": []}, r"target_modules is \[\]"),
     "targets that are numbers": ({"target_modules": [1]}, r"target_modules is \[1\]"),
     "targets that are a table": ({"target_modules": {"dense": 1}}, "target_modules is {"),
+    "a rank of a layer that its tensors have not": ({"rank_pattern": {"mlp.dense_h_to_4h": 4}}, "wanted rank 4"),
+    "a rank of 0 for a layer": ({"rank_pattern": {"dense": 0}}, "dense is 0"),
+    "a rank of a layer that is a float": ({"rank_pattern": {"dense": 3.0}}, r"dense is 3\.0; wanted an int"),
+    "an alpha of a layer that is negative": ({"alpha_pattern": {"dense": -1}}, "dense is -1"),
+    "a pattern that is no expression": ({"alpha_pattern": {"(": 1}}, r"the pattern '\(' is no regular expression"),
+    "a pattern that takes for ever": ({"alpha_pattern": {"(a+)+b": 1}}, r"the pattern '\(a\+\)\+b' repeats a group"),
+    "a pattern of many repetitions": ({"alpha_pattern": {".*a.*b.*c.*d": 1}}, "repeats a group or too much"),
+    "DoRA without its magnitudes": ({"use_dora": True}, "has no lora_magnitude_vector, and adapter_config.json says use_dora"),
+    "a module to save that is not there": (
+        {"modules_to_save": ["ln_f"]},
+        r"modules_to_save is \['ln_f'\]; the tensors are \[\]",
+    ),
 }
 TENSOR_FAULTS = {
     "another rank": ({A: torch.ones(2, 48), B: torch.ones(192, 2)}, r"lora_A\.weight has shape \(2, 48\); wanted rank 3"),
@@ -418,11 +543,11 @@ TENSOR_FAULTS = {
         {"transformer.ln_f.lora_A.weight": torch.ones(3, 48), "transformer.ln_f.lora_B.weight": torch.ones(48, 3)},
         r"this model has no linear layer transformer\.ln_f",
     ),
-    "the model itself": ({"lora_A.weight": torch.ones(3, 48), "lora_B.weight": torch.ones(48, 3)}, r"wanted rank 3.* too"),
+    "the model itself": ({"lora_A.weight": torch.ones(3, 48), "lora_B.weight": torch.ones(48, 3)}, "is not a LoRA weight"),
     "not finite": ({A: torch.full((3, 48), float("nan"))}, r"lora_A\.weight holds a non-finite value"),
     "infinite": ({B: torch.full((192, 3), float("inf"))}, r"lora_B\.weight holds a non-finite value"),
     "integers": ({A: torch.ones(3, 48).int()}, r"lora_A\.weight is I32; wanted a float"),
-    "a magnitude of DoRA": ({f"{UP}.lora_magnitude_vector": torch.ones(192)}, "lora_magnitude_vector is not a LoRA weight"),
+    "a magnitude of DoRA": ({f"{UP}.lora_magnitude_vector": torch.ones(192)}, r"lora_magnitude_vector has shape \(192,\)"),
     "a bias of B": ({f"{UP}.lora_B.bias": torch.ones(192)}, r"lora_B\.bias is not a LoRA weight"),
     "an embedding": ({"transformer.word_embeddings.lora_embedding_A": torch.ones(3, 61)}, "is not a LoRA weight"),
     "a dense head": ({"lm_head.weight": torch.ones(61, 48)}, r"lm_head\.weight is not a LoRA weight"),

@@ -21,12 +21,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     8: ("__init__", "__main__", "cli"),
     7: ("train", "hub", "merge"),
-    6: ("adapters", "checkpoint", "resume"),
+    6: ("adapters", "checkpoint", "resume", "card"),
     5: ("linear", "optim", "generate"),
     4: ("ops",),
     3: ("kernels",),
-    2: ("nf4", "adamw_8bit", "data", "card"),
-    1: ("dynamic8", "int8", "lora", "falcon", "paging", "storage", "download"),
+    2: ("nf4", "adamw_8bit", "data", "lora"),
+    1: ("dynamic8", "int8", "lora_init", "falcon", "paging", "storage", "download"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 #: Imports between two files of one floor; each is stated, and they make no circle (tested below).

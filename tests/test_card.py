@@ -4,7 +4,6 @@ import ast
 import re
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 
 from qlite.card import model_card
@@ -23,11 +22,11 @@ TRAINING = {
 LAYER = "transformer.h.0.self_attention.query_key_value"
 
 
-def card(training=TRAINING, *, layer=LAYER, curve=None, **values):
+def card(training=TRAINING, *, config=None, layer=LAYER, curve=None, **values):
     base = {"base_model_name_or_path": "tiiuae/falcon-7b", "task_type": "CAUSAL_LM"}
     values = {**base, "target_modules": ["query_key_value"], **values}
-    tensors = {f"{layer}.lora_A": torch.zeros(16, 48), f"{layer}.lora_B": torch.zeros(80, 16)}
-    return model_card("me/faq", LoRAConfig(r=16, alpha=32.0, dropout=0.05), values, training, tensors, curve=curve)
+    config = config or LoRAConfig(r=16, alpha=32.0, dropout=0.05)
+    return model_card("me/faq", config, values, training, layers=[layer], parameters=2048, curve=curve)
 
 
 def codes(text):
@@ -56,6 +55,13 @@ def test_the_facts_of_the_run_are_in_the_table():
     assert "cosine, warm-up over 5 % of the steps, gradients clipped to norm 1" in said
     assert "2.3457 in the first step, 0.1235 in the last" in said
     assert "| made with | torch 2.13.0 |" in said  # and no version that nobody knows
+
+
+def test_an_adapter_of_another_kind_says_so():
+    config = LoRAConfig(rslora=True, dora=True, rank_pattern={"dense": 4}, modules_to_save=("lm_head",))
+    row = next(line for line in card(config=config).splitlines() if line.startswith("| adapter |"))
+    assert "rsLoRA, DoRA, r=16" in row and 'rank_pattern {"dense": 4}; saved whole ["lm_head"]' in row
+    assert "alpha_pattern" not in row and "DoRA" not in card()
 
 
 def test_a_card_without_a_run_claims_none():

@@ -1,6 +1,7 @@
 """From a path or a hub id to a folder, through the real client and a hub on this machine: what arrives, what is refused."""
 
 import errno
+import json
 import os
 import pathlib
 import subprocess
@@ -150,6 +151,17 @@ def test_base_tokenizer_and_adapter_load_by_id_and_revision(hub, tmp_path):
         qlite.load_tokenizer("me/tiny")
     with pytest.raises(ValueError, match=r"config\.json"):
         qlite.load_falcon("me/tiny", revision="main")
+
+
+@pytest.mark.filterwarnings("ignore:save_adapter. every lora_B is zero")
+def test_an_adapter_trained_from_the_shell_remembers_id_and_commit_of_its_base(hub, tmp_path):
+    repository = hub.add("me/tiny", {path.name: path.read_bytes() for path in (ASSETS / "tiny-falcon").iterdir()})
+    commit = repository.refs["v1"] = repository.refs["main"]
+    options = cli._parser().parse_args(["finetune", "--base", "me/tiny", "--revision", "v1", "--device", "cpu"])
+    model, _ = cli._load(options)
+    qlite.add_lora(model, qlite.LoRAConfig(r=1, targets=["query_key_value"]))
+    stored = json.loads((qlite.save_adapter(model, tmp_path / "adapter") / CONFIG).read_text())
+    assert (stored["base_model_name_or_path"], stored["revision"]) == ("me/tiny", commit)
 
 
 def test_a_base_from_a_folder_has_no_revision():

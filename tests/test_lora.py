@@ -52,7 +52,7 @@ def test_the_adapter_adds_its_delta_to_the_weight(kind, in_features, out_feature
     layer.lora_B.data = seeded(out_features, r, seed=6)
     dense = base.weight.detach() if kind is None else base.dequantize()
     x = seeded(3, in_features)
-    merged = nn.functional.linear(x.double(), dense.double() + layer.merged(torch.zeros(())).double(), base.bias.double())
+    merged = nn.functional.linear(x.double(), layer.merged(dense).double(), base.bias.double())
     # Sums of in_features + r float32 terms; magnitudes as a float64 product of absolute values.
     magnitude = (
         x.double().abs() @ (dense.double().abs() + layer.scaling * layer.lora_B.double().abs() @ layer.lora_A.double().abs()).T
@@ -93,7 +93,7 @@ def test_dropout_acts_on_the_adapter_and_not_on_the_base():
     torch.manual_seed(0)
     updates = torch.stack([layer(x) - layer.base(x) for _ in range(50)])
     assert not torch.equal(updates[0], updates[1])
-    exact = x @ layer.merged(torch.zeros(())).T
+    exact = x @ layer.merged(torch.zeros(32, 64)).T
     # The mean of 50 masks: each share of noise is about 1 / sqrt(50) of the update.
     assert (updates.mean(dim=0) - exact).norm() / exact.norm() < 0.2
     layer.eval()
@@ -185,6 +185,13 @@ def test_no_adapters_is_an_error():
         ({"alpha": 0}, ValueError, "alpha is 0"),
         ({"dropout": 1.0}, ValueError, "dropout is 1.0"),
         ({"targets": []}, ValueError, "targets is empty"),
+        ({"targets": "dense|up", "layers": [1]}, ValueError, "layers goes with names"),
+        ({"rank_pattern": {"dense": 0}}, ValueError, "dense is 0"),
+        ({"alpha_pattern": {"dense": 0}}, ValueError, "dense is 0"),
+        ({"rank_pattern": {"(": 1}}, ValueError, "no regular expression"),
+        ({"alpha_pattern": {"(a*)*b": 1}}, ValueError, "repeats a group"),
+        ({"modules_to_save": "lm_head"}, ValueError, "wanted a list"),
+        ({"init": "olora"}, ValueError, "wanted one of kaiming, gaussian, pissa, loftq"),
     ],
 )
 def test_bad_options_are_refused(options, error, words):
@@ -195,3 +202,160 @@ def test_bad_options_are_refused(options, error, words):
 def test_a_broken_expression_is_refused():
     with pytest.raises(ValueError, match="no regular expression"):
         add_lora(block_model(), LoRAConfig(targets="(dense"))
+
+
+# Which layers, and of what size.
+
+
+def two_blocks():
+    names = ("query_key_value", "dense", "dense_h_to_4h")
+    blocks = [nn.ModuleDict({**{name: nn.Linear(8, 8) for name in names}, "norm": nn.LayerNorm(8)}) for _ in range(2)]
+    model = nn.ModuleDict({"emb": nn.Embedding(5, 8), "h": nn.ModuleList(blocks), "lm_head": nn.Linear(8, 5, bias=False)})
+    model["lm_head"].weight = model["emb"].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"exclude": ["dense"]}, {"h.0.query_key_value", "h.0.dense_h_to_4h", "h.1.query_key_value", "h.1.dense_h_to_4h"}),
+        ({"exclude": r"h\.0\..*|.*dense.*"}, {"h.1.query_key_value"}),
+        ({"layers": [1]}, {"h.1.query_key_value", "h.1.dense", "h.1.dense_h_to_4h"}),
+        ({"targets": ["dense", "query_key_value"], "layers": (0,), "exclude": ["h.0.dense"]}, {"h.0.query_key_value"}),
+        ({"modules_to_save": ["h.1"], "targets": ["dense", "lm_head"]}, {"h.0.dense", "lm_head"}),
+    ],
+)
+def test_layers_are_left_out_by_name_expression_or_block(options, expected):
+    assert set(add_lora(two_blocks(), LoRAConfig(r=2, **options)).targets) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"exclude": ["dens"]}, "exclude 'dens' matches no linear layer; close names: dense"),
+        ({"exclude": "("}, "exclude is no regular expression"),
+        ({"exclude": ".*"}, "exclude leaves no layer"),
+        ({"layers": [0, 2]}, "layers names block 2"),
+        ({"rank_pattern": {"ense": 2}}, "the pattern 'ense' matches no layer that gets an adapter"),
+        ({"rank_pattern": {"dens": 2}}, "the pattern 'dens' matches no layer that gets an adapter"),
+        ({"alpha_pattern": {"lm_head": 2}}, "the pattern 'lm_head' matches no layer"),
+        ({"modules_to_save": ["lm_haed"]}, "modules_to_save 'lm_haed' matches no module; close names: lm_head"),
+        ({"modules_to_save": ["h.1", "norm"]}, r"h\.1 of modules_to_save holds another one"),
+        ({"init": "loftq"}, "dense goes with 'loftq'"),
+    ],
+)
+def test_a_config_that_names_what_is_not_there_is_refused_and_the_model_is_as_it_was(options, words):
+    model = two_blocks()
+    with pytest.raises(ValueError, match=words):
+        add_lora(model, LoRAConfig(r=2, **options))
+    assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "lora_config")
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def test_the_first_pattern_that_ends_a_name_sets_rank_and_alpha():
+    ranks, alphas = {r"h\.0\.dense": 5, "dense": 3, ".*to_4h": 4, ".*h_to_.*": 7}, {"0.query_key_value": 2.0}
+    model = two_blocks()
+    add_lora(model, LoRAConfig(r=2, alpha=8.0, rank_pattern=ranks, alpha_pattern=alphas))
+    found = {name: (m.lora_A.shape[0], m.scaling) for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    assert found == {
+        "h.0.query_key_value": (2, 1.0), "h.0.dense": (5, 8 / 5), "h.0.dense_h_to_4h": (4, 2.0),
+        "h.1.query_key_value": (2, 4.0), "h.1.dense": (3, 8 / 3), "h.1.dense_h_to_4h": (4, 2.0),
+    }  # fmt: skip
+    assert LoRAConfig(r=16, alpha=8.0, rslora=True).scaling == 2.0
+
+
+def test_a_module_to_save_is_trained_whole_and_a_tied_one_leaves_its_twin_alone():
+    model = two_blocks()
+    report = add_lora(model, LoRAConfig(r=2, targets=["dense"], modules_to_save=["lm_head", "h.0.norm"]))
+    assert report.saved == ("h.0.norm", "lm_head")
+    assert str(report).startswith("LoRA on 2 layers and all of h.0.norm, lm_head: trainable 120 of ")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name}
+    assert trained == {"h.0.norm.weight", "h.0.norm.bias", "lm_head.weight"}
+    assert {id(p) for p in lora_parameters(model)} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert model["lm_head"].weight is not model["emb"].weight and torch.equal(model["lm_head"].weight, model["emb"].weight)
+
+
+def test_an_encoded_module_cannot_be_saved_whole():
+    model = two_blocks()
+    qlite.quantize_model(model)
+    with pytest.raises(ValueError, match=r"h\.0 of modules_to_save cannot be trained: .*weight is encoded"):
+        add_lora(model, LoRAConfig(targets=["h.1.dense"], modules_to_save=["h.0"]))
+
+
+# DoRA.
+
+
+@given(kinds, st.integers(1, 40), st.integers(1, 70), st.integers(1, 6), st.booleans())
+def test_dora_gives_each_row_of_the_sum_the_trained_norm(kind, in_features, out_features, r, moved):
+    base = base_of(kind, in_features, out_features)
+    layer = LoRALinear(base, LoRAConfig(r=r, alpha=8.0, dropout=0.0, dora=True))
+    x = seeded(3, in_features)
+    assert torch.equal(layer(x), base(x))  # untrained, no bit changes
+    layer.lora_B.data = seeded(out_features, r, seed=6) * 0.3
+    if moved:
+        layer.magnitude.data *= 1.5
+    dense = (base.weight.detach() if kind is None else base.dequantize()).double()
+    total = dense + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    gain = layer.magnitude.double() / total.norm(dim=1)
+    exact = x.double() @ (gain[:, None] * total).T + base.bias.double()
+    # The norm is the root of a sum in which terms may cancel: its relative error is that of the terms, not of the sum.
+    terms = (dense.norm(dim=1) + layer.scaling * (layer.lora_B.double().abs() @ layer.lora_A.double().abs()).norm(dim=1)) ** 2
+    lost = (in_features + r + 8) * 2**-23 * terms / total.norm(dim=1) ** 2
+    magnitude = x.double().abs() @ (gain[:, None] * total.abs() + 2 * dense.abs()).T + 2 * base.bias.double().abs()
+    bound = ((in_features + r + 8) * 2**-23 + lost) * (magnitude + 4 * layer.scaling * x.double().norm(dim=1)[:, None] * gain)
+    assert bool(((layer(x).double() - exact).abs() <= bound).all())
+    merged = layer.merged(dense.float()).double()
+    torch.testing.assert_close(merged, gain[:, None] * total, rtol=1e-4, atol=1e-5)
+
+
+def test_dora_holds_the_norm_constant_in_the_gradient():
+    layer = LoRALinear(base_of(qlite.Linear4bit), LoRAConfig(r=4, alpha=8.0, dropout=0.0, dora=True))
+    layer.lora_B.data, layer.magnitude.data = seeded(32, 4, seed=6), layer.magnitude.data * 1.5
+    x, grad = seeded(10, 64), seeded(10, 32, seed=8)
+    layer(x).backward(grad)
+    a, b, m = (t.detach().double().requires_grad_() for t in (layer.lora_A, layer.lora_B, layer.magnitude))
+    total = layer.base.dequantize().double() + layer.scaling * b @ a
+    exact = (x.double() @ total.T) * (m / total.norm(dim=1).detach())
+    exact.backward(grad.double())
+    for found, wanted in ((layer.lora_A.grad, a.grad), (layer.lora_B.grad, b.grad), (layer.magnitude.grad, m.grad)):
+        assert (found.double() - wanted).norm() <= 2**-18 * wanted.norm()
+
+
+def test_a_row_of_zeros_stays_zero_under_dora():
+    base = nn.Linear(8, 4)
+    base.weight.data[1] = 0
+    layer = LoRALinear(base, LoRAConfig(r=2, dora=True))
+    layer(seeded(3, 8)).sum().backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in (layer.lora_A, layer.lora_B, layer.magnitude))
+
+
+@pytest.mark.parametrize("options", [{"dora": True}, {"init": "pissa"}])
+def test_what_needs_the_base_s_weight_is_refused_on_meta(options):
+    with pytest.raises(ValueError, match="need the base's weight; load it first"):
+        add_lora(nn.Sequential(nn.Linear(8, 8, device="meta")), LoRAConfig(r=2, **options))
+
+
+# transformers' Conv1D keeps its weight the other way round.
+
+
+class Conv1D(nn.Module):
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.weight, self.bias = nf, nn.Parameter(seeded(nx, nf)), nn.Parameter(seeded(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "pissa"}], ids=str)
+def test_a_conv1d_is_a_linear_layer(options):
+    model = nn.Sequential(Conv1D(6, 8))
+    report = add_lora(model, LoRAConfig(r=2, dropout=0.0, **options), seed=0)
+    layer = model[0]
+    assert report.targets == ("0",) and (layer.in_features, layer.out_features) == (8, 6)
+    for parameter in lora_parameters(model):
+        parameter.data += 0.1
+    x = seeded(3, 8)
+    merged = layer.merged(layer.base.weight.T)
+    # Float32 sums of ten products of about 1, in another order.
+    torch.testing.assert_close(layer(x), x @ merged.T + layer.base.bias, rtol=1e-5, atol=1e-5)
