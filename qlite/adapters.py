@@ -25,18 +25,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qlite.download import resolve_folder
 from qlite.lora import ALL_LINEAR, AdapterReport, LoRAConfig, LoRALinear, add_lora, features, saved_modules
-from qlite.storage import (
-    DTYPES,
-    FLOATS,
-    StoredTensor,
-    read_header,
-    read_json,
-    read_metadata,
-    read_tensor,
-    resolve_folder,
-    sync,
-)  # fmt: skip
+from qlite.storage import DTYPES, FLOATS, StoredTensor, read_header, read_json, read_metadata, read_tensor, sync
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qlite.download import commit_of, resolve_folder
 from qlite.falcon import Falcon, FalconConfig
 from qlite.linear import Linear4bit, Linear8bit, QuantizedLinear
 from qlite.nf4 import FP4_LEVELS, NF4_LEVELS
@@ -38,7 +39,6 @@ from qlite.storage import (
     read_header,
     read_json,
     read_tensor,
-    resolve_folder,
     same_bytes,
     sync,
 )
@@ -339,7 +339,7 @@ def load_falcon(
     """Returns a Falcon in evaluation mode, its linears encoded as `quantize` says, from a folder or the hub.
 
     A folder that `save_checkpoint` wrote from an encoded model loads as it is, without encoding again. The model
-    carries `load_report` (print it), `base_fingerprint` and `base_id`.
+    carries `load_report` (print it), `base_fingerprint`, `base_id` and, from the hub, the commit as `base_revision`.
 
     Args:
         path_or_repo_id: a folder with config.json and safetensors, or a hub id such as "tiiuae/falcon-7b".
@@ -348,7 +348,8 @@ def load_falcon(
 
     Raises:
         FileNotFoundError: no such folder or file. ValueError: no Falcon, a checkpoint that does not fit its config, a
-            non-finite weight, no such device, or `quantize` for a checkpoint that is encoded already.
+            non-finite weight, no such device, or `quantize` for a checkpoint that is encoded already. PermissionError,
+            ConnectionError: of the hub, see docs/sharing.md.
 
     Example:
         >>> from qlite.data import ASSETS
@@ -372,6 +373,7 @@ def load_falcon(
     left = {name: why for name, (_, why) in skipped.items() if isinstance(model.get_submodule(name), nn.Linear)}
     model.load_report = dataclasses.replace(report, left=left)  # type: ignore[assignment]
     model.base_id = str(path_or_repo_id)  # type: ignore[assignment]
+    model.base_revision = commit_of(folder)  # type: ignore[assignment]
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""The command line: `qlite finetune`, `qlite generate`, `qlite quantize`, each over the same public functions.
+"""The command line: `qlite finetune`, `generate`, `quantize`, `push`, each over the same public functions.
 
 On its defaults `qlite finetune` is the demo: the packaged tiny Falcon learns the packaged FAQ. With `--recipe tutorial` and
 `--base tiiuae/falcon-7b` it is the job on a full-size model. Bad input ends in one line on stderr and exit status 2.
@@ -25,11 +25,12 @@ from tokenizers import Tokenizer
 import qlite
 from qlite.checkpoint import check_device, stored_tensors
 from qlite.data import ASSETS, FAQBatches, encode_prompt, read_faq
+from qlite.download import resolve_folder
 from qlite.falcon import Falcon
 from qlite.linear import QuantizedLinear
 from qlite.nf4 import BLOCK_SIZES, FP4_LEVELS
 from qlite.resume import checkpoints
-from qlite.storage import FLOATS, read_json, resolve_folder
+from qlite.storage import FLOATS, read_json
 from qlite.train import SCHEDULES, check_options, plot_losses
 
 #: What `--recipe` sets where a flag is not given. "demo" was tuned for the tiny base on two CPU cores; "tutorial" is the
@@ -134,6 +135,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_base_flags(quant)
     quant.add_argument("--output", required=True, help="folder to write; must not hold anything")
+
+    share = verbs.add_parser("push", formatter_class=_Help, help="put an adapter on the hub", description=push.__doc__)
+    share.add_argument("folder", help="the adapter's folder, such as runs/faq/adapter")
+    share.add_argument("repo_id", help="owner/name on the hub; created where it is not there")
+    share.add_argument("--base", help="hub id of the base, where the adapter names it by a folder of this machine")
+    share.add_argument("--public", action="store_true", help="for everyone to see; private without")
+    share.add_argument("--dry-run", action="store_true", help="list what would go, contact nothing")
     return parser
 
 
@@ -313,7 +321,8 @@ def finetune(options: argparse.Namespace) -> int:
         print(f"optimizer state paged to host memory: {optimizer.paged_bytes / 1e6:.2f} MB")
     if model.transformer.word_embeddings.weight.is_cuda:
         print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    adapter = qlite.save_adapter(model, output / "adapter", base_id=options.base)
+    adapter = qlite.save_adapter(model, output / "adapter")
+    result.save(adapter)  # for the card, where it is pushed
     size = (adapter / "adapter_model.safetensors").stat().st_size
     print(f"wrote {adapter} ({size / 1e6:.2f} MB) and {output / 'metrics.jsonl'}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -358,10 +367,23 @@ def quantize(options: argparse.Namespace) -> int:
     return 0
 
 
+def push(options: argparse.Namespace) -> int:
+    """Put an adapter on the hub, private unless --public, with its run's training.json and loss.png and a model card. A
+    README.md that is there, in the folder or in the repository, stays. Who asks is huggingface_hub's matter: hf auth login,
+    or HF_TOKEN."""
+    report = qlite.push_adapter(
+        options.folder, options.repo_id, base_id=options.base, private=not options.public, dry_run=options.dry_run
+    )
+    print(report)
+    if options.dry_run and report.card is not None:
+        print(f"\n{report.card}", end="")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status of a command line: 0, 1 where the work failed, 2 for bad input, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    verb = {"finetune": finetune, "generate": generate, "quantize": quantize}[options.verb]
+    verb = {"finetune": finetune, "generate": generate, "quantize": quantize, "push": push}[options.verb]
     try:
         return verb(options)
     except (ValueError, TypeError, OSError, ImportError) as error:

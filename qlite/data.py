@@ -22,7 +22,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from qlite.storage import no_duplicates, resolve_folder
+from qlite.download import resolve_folder
+from qlite.storage import no_duplicates
 
 END_OF_TEXT = "<|endoftext|>"
 #: The label of a token that the loss leaves out; torch's cross_entropy has the same default.
@@ -49,7 +50,7 @@ def load_tokenizer(
 
     Raises:
         FileNotFoundError: the folder has no tokenizer.json. ValueError: the file is no tokenizer, or does not have that
-            token.
+            token. PermissionError, ConnectionError: of the hub, see docs/sharing.md.
 
     Example:
         >>> from qlite.data import ASSETS

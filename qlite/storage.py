@@ -1,10 +1,10 @@
-"""Files and folders that hold models and adapters: JSON, safetensors, hub downloads, and writes that a crash cannot halve.
+"""Files that hold models and adapters: JSON, safetensors, and writes that a crash cannot halve.
 
 A safetensors file is read by our own few lines: the header is checked whole (sizes, overlaps, duplicate names) before a
 tensor is, and tensors are read, not mapped. Mapped pages count as memory, and a file that changes under a map kills the
 process. The format: https://github.com/huggingface/safetensors.
 
-Not done here: pickle (`.bin`, `.pt`) of any kind; writing tensors, which the safetensors package does.
+Not done here: pickle (`.bin`, `.pt`) of any kind; downloads; writing tensors, which the safetensors package does.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import json
 import math
 import os
 import pathlib
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,43 +38,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     size: int
-
-
-def resolve_folder(
-    path_or_repo_id: str | pathlib.Path,
-    *,
-    revision: str | None = None,
-    names: Sequence[str] = ("*.json", "*.safetensors"),
-) -> pathlib.Path:
-    """Returns the local folder of a path, or of a hub repository after downloading its files of the given names.
-
-    Args:
-        path_or_repo_id: an existing folder, or "owner/name" on the hub. revision: branch, tag or commit.
-        names: patterns; no file in a folder of the repository is taken.
-
-    Raises:
-        FileNotFoundError: neither a folder nor of the form owner/name, or the hub does not give it.
-        ValueError: a revision of a folder.
-    """
-    folder = pathlib.Path(path_or_repo_id)
-    if os.path.isdir(folder):  # unlike Path.is_dir, it answers for a name that is too long to be one
-        if revision is not None:
-            raise ValueError(f"{folder} is a folder, which has no revision {revision!r}; leave it out, or name a hub id")
-        return folder
-    if os.path.exists(folder) or not re.fullmatch(r"[\w\-]+/[\w.\-]+", str(path_or_repo_id)) or ".." in str(path_or_repo_id):
-        raise FileNotFoundError(f"{path_or_repo_id} is neither a folder nor a hub id of the form owner/name")
-    from huggingface_hub import errors, snapshot_download
-
-    try:
-        # The top folder alone: some repositories keep exports for other runtimes in folders of their own.
-        return pathlib.Path(
-            snapshot_download(str(path_or_repo_id), revision=revision, allow_patterns=list(names), ignore_patterns=["*/*"])
-        )
-    # ValueError: an id that the hub would not have. HTTPError: a network error of httpx, which is no OSError.
-    except (OSError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]
-        raise FileNotFoundError(
-            f"{path_or_repo_id}: no such folder here, and the hub did not give it: {' '.join(str(error).split())[:300]}"
-        ) from error
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import importlib.metadata
+import importlib.util
 import json
 import math
 import pathlib
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qlite import resume as saved_run
-from qlite.data import IGNORED, Batch
+from qlite.data import IGNORED, Batch, FAQBatches, format_prompt
 from qlite.experts import ExpertStack
 from qlite.linear import QuantizedLinear
 from qlite.storage import replace_file
@@ -45,12 +47,28 @@ class TrainResult:
         losses: mean loss per answer token of each step, resumed steps included.
         skipped: steps without a finite loss and gradient, which changed nothing.
         seconds: of this call's steps. tokens: input tokens of this call's steps, padding included.
+        facts: what the losses hang on, for JSON: the settings, the data's size, the versions. No path, no question.
     """
 
     losses: list[float]
     skipped: int
     seconds: float
     tokens: int
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def save(self, folder: str | pathlib.Path) -> list[pathlib.Path]:
+        """Returns the files it wrote for a model card: training.json, and loss.png where matplotlib is installed.
+
+        Args:
+            folder: the adapter's; created where it is not there.
+        """
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "training.json", json.dumps(self.facts, indent=2, default=str) + "\n")
+        if importlib.util.find_spec("matplotlib") is None:
+            return [folder / "training.json"]
+        _draw(_figure(), range(1, len(self.losses) + 1), self.losses, folder / "loss.png")
+        return [folder / "training.json", folder / "loss.png"]
 
 
 def learning_rate_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
@@ -201,6 +219,36 @@ def _describe(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, A
         described[f"group {i} params"] = [names.get(id(p)) for p in group["params"]]
         described |= {f"group {i} {key}": value for key, value in group.items() if key not in ("params", "lr")}
     return described
+
+
+def _facts(model: nn.Module, run: saved_run.Run, settings: dict[str, Any], losses: list[float]) -> dict[str, Any]:
+    """Returns what a reader of the losses wants to know, for JSON. No name of a file: it may be shared."""
+    try:
+        version = importlib.metadata.version("qlite")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources, without an installation
+        version = None
+    group = run.optimizer.param_groups[0]
+    shown = ("betas", "eps", "weight_decay", "momentum")
+    facts: dict[str, Any] = {
+        "versions": {"qlite": version, "torch": str(torch.__version__)},
+        "base_fingerprint": settings["base"],
+        "dtype": settings["dtype"],
+        "layers": [{**json.loads(kind), "count": count} for kind, count in settings["layers"].items()],
+        "lora": settings["lora"],
+        "optimizer": {
+            "name": type(run.optimizer).__name__,
+            "lr": settings["lr"][0],
+            **{key: group[key] for key in shown if key in group},
+        },
+        **{key: settings[key] for key in ("steps", "accumulate", "schedule", "warmup", "max_grad_norm", "seed")},
+        "gradient_checkpointing": bool(getattr(model, "gradient_checkpointing", False)),
+        "loss": {"first": losses[0], "last": losses[-1]},
+    }
+    if isinstance(run.batches, FAQBatches):
+        rows, skipped = len(run.batches.rows), len(run.batches.skipped)
+        facts |= {"questions": rows, "left_out": skipped, "batch_size": run.batches.batch_size}
+        facts["prompt"] = format_prompt("{question}")
+    return facts
 
 
 def _tensorboard(folder: pathlib.Path, first: int) -> Any:
@@ -408,7 +456,8 @@ def _loop(
             row["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         journal.write(row)
         save(done["step"])
-    return TrainResult(list(done["losses"]), done["skipped"], time.perf_counter() - begun, tokens)
+    losses = list(done["losses"])
+    return TrainResult(losses, done["skipped"], time.perf_counter() - begun, tokens, _facts(model, run, settings, losses))
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
@@ -422,14 +471,22 @@ def plot_losses(metrics: str | pathlib.Path, image: str | pathlib.Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    figure = _figure()
+    rows = read_metrics(metrics)
+    _draw(figure, [row["step"] for row in rows], [row["loss"] for row in rows], image)
+
+
+def _figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot_losses: matplotlib is not installed; pip install 'qlite[plot]'") from error
-    rows = read_metrics(metrics)
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    return Figure(figsize=(7, 4), layout="constrained")
+
+
+def _draw(figure: Any, steps: Sequence[float], losses: Sequence[float], image: str | pathlib.Path) -> None:
     axes = figure.subplots()
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows])
+    axes.plot(steps, losses)
     axes.set(xlabel="step", ylabel="loss per answer token (nats)", title="Training loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     figure.savefig(image, dpi=120)

@@ -9,6 +9,8 @@ import os
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.hub_server import hub  # noqa: F401  a fixture
+
 settings.register_profile("default_ci", max_examples=60, deadline=None, derandomize=True)
 settings.register_profile(
     "nightly", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]

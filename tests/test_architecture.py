@@ -21,12 +21,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     8: ("__init__", "__main__", "cli"),
     7: ("train", "hub", "merge", "placement"),
-    6: ("adapters", "checkpoint", "resume", "quantize"),
+    6: ("adapters", "checkpoint", "resume", "quantize", "card"),
     5: ("linear", "optim", "generate"),
     4: ("ops",),
     3: ("kernels",),
     2: ("nf4", "adamw_8bit", "data", "lora"),
-    1: ("dynamic8", "int8", "lora_init", "falcon", "paging", "storage", "experts"),
+    1: ("dynamic8", "int8", "lora_init", "falcon", "paging", "storage", "download", "experts"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 #: Imports between two files of one floor; each is stated, and they make no circle (tested below).

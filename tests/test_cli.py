@@ -1,4 +1,4 @@
-"""The command line: the demo keeps its promise, the three verbs work together, bad input ends in one clear line."""
+"""The command line: the demo keeps its promise, the verbs work together, bad input ends in one clear line."""
 
 from __future__ import annotations
 
@@ -73,6 +73,8 @@ def test_the_demo_leaves_an_adapter_a_loss_curve_and_metrics(demo):
     output = demo[0] / "runs" / "faq"
     assert {path.name for path in output.iterdir()} == {"adapter", "loss.png", "metrics.jsonl"}
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    names = {"adapter_config.json", "adapter_model.safetensors", "training.json", "loss.png"}
+    assert {path.name for path in (output / "adapter").iterdir()} == names
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 177))  # 16 epochs of 11 batches
     assert rows[-1]["loss"] < rows[0]["loss"] / 10
@@ -212,6 +214,9 @@ def test_without_matplotlib_there_is_a_note_and_no_curve(faq, tmp_path, monkeypa
     assert cli.main(short(faq, tmp_path / "run", "--steps", "1")) == 0
     assert "no loss curve: matplotlib is not installed" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"adapter", "metrics.jsonl"}
+    assert (
+        not (tmp_path / "run" / "adapter" / "loss.png").exists() and (tmp_path / "run" / "adapter" / "training.json").exists()
+    )
 
 
 def test_without_tensorboard_its_flag_is_an_error_before_any_work(tmp_path, monkeypatch, capsys):
@@ -283,7 +288,7 @@ def flags(verb: str) -> list[argparse.Action]:
     return [action for action in verbs.choices[verb]._actions if not isinstance(action, argparse._HelpAction)]
 
 
-@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize"])
+@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize", "push"])
 def test_every_flag_is_in_the_help_with_its_default(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([verb, "--help"])
@@ -297,7 +302,7 @@ def test_every_flag_is_in_the_help_with_its_default(verb, capsys):
             assert f"(default: {action.default})" in said, name
 
 
-@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize"])
+@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize", "push"])
 def test_no_flag_is_parsed_and_then_ignored(verb):
     source = pathlib.Path(cli.__file__).read_text(encoding="utf-8")
     for action in flags(verb):

@@ -4,11 +4,8 @@ import json
 import pathlib
 import tempfile
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import errors
-from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
@@ -325,113 +322,6 @@ def test_a_json_file_beyond_the_limit_is_refused_before_it_is_read(folder, monke
     monkeypatch.setattr(pathlib.Path, "read_bytes", lambda path: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=r"16,777,217 bytes; at most 16,777,216 are read"):
         read_json(path)
-
-
-# The hub.
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """What the hub is asked, and what it answers: a folder, or an error that it raises. Nothing leaves the machine."""
-
-    class Hub:
-        answer = "/nowhere"
-        asked = None
-
-        def download(self, repo_id, **options):
-            self.asked = (repo_id, options)
-            if isinstance(self.answer, Exception):
-                raise self.answer
-            return self.answer
-
-    hub = Hub()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.download)
-    return hub
-
-
-@pytest.mark.parametrize("kind", [str, pathlib.Path])
-def test_a_folder_that_exists_is_used_as_it_is(kind, folder, hub, monkeypatch):
-    (folder / "owner" / "name").mkdir(parents=True)
-    monkeypatch.chdir(folder)
-    assert storage.resolve_folder(kind(folder)) == folder
-    assert storage.resolve_folder(kind("owner/name")) == pathlib.Path("owner/name")
-    assert storage.resolve_folder(kind("owner/../owner/name")).samefile(folder / "owner" / "name")
-    assert hub.asked is None
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "absent", "./absent", "../absent", "a/..", "../b", "a/..b", "a/b/c", "/absent", "/absent/b", "a/", "/b", "a b/c",
-        "a/b\n", "a/b?x", "~/b", "C:\\a\\b", "\\\\host\\b", "http://a/b", "a\0b", "a/b\0", "x" * 5000,
-    ],
-)  # fmt: skip
-def test_what_is_neither_a_folder_nor_an_id_never_reaches_the_hub(text, hub):
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
-        storage.resolve_folder(text)
-    assert hub.asked is None
-
-
-def test_a_file_is_no_folder(folder, hub, monkeypatch):
-    (folder / "owner").mkdir()
-    (folder / "owner" / "name").write_text("")
-    monkeypatch.chdir(folder)
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
-        storage.resolve_folder("owner/name")
-    assert hub.asked is None
-
-
-@pytest.mark.parametrize("kind", [str, pathlib.Path])
-def test_an_id_is_downloaded_at_its_revision(kind, folder, hub):
-    hub.answer = str(folder)
-    assert storage.resolve_folder(kind("own-er_1/na.me-7b"), revision="abc") == folder
-    assert hub.asked[0] == "own-er_1/na.me-7b" and hub.asked[1]["revision"] == "abc"
-
-
-@pytest.mark.parametrize(
-    ("options", "taken"),
-    [
-        ({}, {"config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "tokenizer.json"}),
-        ({"names": ("tokenizer.json",)}, {"tokenizer.json"}),
-    ],
-)
-def test_only_files_of_the_top_folder_that_are_no_code_are_downloaded(options, taken, hub):
-    storage.resolve_folder("owner/name", **options)
-    asked = {key: hub.asked[1][key] for key in ("allow_patterns", "ignore_patterns")}
-    code = ["modeling_falcon.py", "pytorch_model.bin", "model.pt", "README.md", ".gitattributes"]
-    nested = ["onnx/config.json", "coreml/a/b/model.safetensors", "checkpoint-5/tokenizer.json"]
-    everything = [*code, *nested, "config.json", "tokenizer.json", "model.safetensors.index.json"]
-    everything.append("model-00001-of-00002.safetensors")
-    assert set(filter_repo_objects(everything, **asked)) == taken
-
-
-class NetworkError(errors.HTTPError):
-    """As httpx raises them in the middle of a download."""
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError("401 Client Error.\n\n  Cannot   access gated repo"),
-        errors.LocalEntryNotFoundError("not in the cache"),
-        errors.OfflineModeIsEnabled("offline"),
-        errors.HFValidationError("Cannot have -- or .. in repo_id"),
-        NetworkError("peer closed connection"),
-        TimeoutError("timed out"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_a_failing_download_is_not_found_and_says_what_the_hub_said(error, hub):
-    hub.answer = error
-    with pytest.raises(FileNotFoundError, match="owner/name: no such folder here, and the hub did not give it: ") as caught:
-        storage.resolve_folder("owner/name")
-    assert " ".join(str(error).split()) in str(caught.value) and caught.value.__cause__ is error
-
-
-@pytest.mark.parametrize("text", ["a--b/c", "a/b--c", "a/-b", "a/b.", "a/" + "b" * 200])
-def test_an_id_that_the_hub_would_not_have_is_not_found(text):
-    with pytest.raises(FileNotFoundError, match="the hub did not give it"):
-        storage.resolve_folder(text)
 
 
 # Whole writes.

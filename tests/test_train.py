@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -581,3 +582,48 @@ def test_a_window_without_a_labelled_token_is_an_error():
 def test_a_result_is_plain_numbers():
     result = tune(Toy(), GOOD, steps=2)
     assert json.loads(json.dumps(dataclasses.asdict(result)))["losses"] == result.losses
+
+
+# What a model card is written from
+
+
+def test_a_run_tells_its_facts(tmp_path):
+    model = tiny_falcon()
+    batches = faq(batch_size=2)
+    optimizer = qlite.AdamW8bit(qlite.lora_parameters(model), lr=1e-3, weight_decay=0.1)
+    result = tune(model, batches, optimizer, steps=3, accumulate=2, schedule="linear", warmup=0.5, seed=7)
+    facts = json.loads(json.dumps(result.facts))
+    assert facts["loss"] == {"first": result.losses[0], "last": result.losses[-1]}
+    settings = {"steps": 3, "accumulate": 2, "schedule": "linear", "warmup": 0.5, "max_grad_norm": 1.0, "seed": 7}
+    assert settings.items() <= facts.items()
+    assert facts["optimizer"] == {"name": "AdamW8bit", "lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}
+    assert (facts["questions"], facts["batch_size"], facts["left_out"]) == (len(batches.rows), 2, len(batches.skipped))
+    assert facts["prompt"] == "Question: {question}\nAnswer:" and facts["lora"]["r"] == model.lora_config.r
+    assert facts["dtype"] == "torch.float32" and facts["versions"]["torch"] == torch.__version__
+
+
+def test_a_run_over_other_batches_claims_nothing_about_questions():
+    facts = tune(Toy(), GOOD, steps=2).facts
+    assert not {"questions", "batch_size", "prompt"} & facts.keys() and facts["layers"] == [] and facts["lora"] is None
+
+
+def test_a_result_is_saved_for_the_card(tmp_path):
+    result = tune(Toy(), GOOD, steps=4)
+    written = result.save(tmp_path / "new" / "adapter")
+    assert [path.name for path in written] == ["training.json", "loss.png"] and sorted(written) == sorted(
+        written[0].parent.iterdir()
+    )
+    assert json.loads(written[0].read_text()) == json.loads(json.dumps(result.facts))
+    plot_losses_of(result, tmp_path)
+    assert written[1].read_bytes() == (tmp_path / "loss.png").read_bytes()
+
+
+def plot_losses_of(result, folder):
+    rows = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(result.losses, 1)]
+    (folder / "metrics.jsonl").write_text("\n".join(rows))
+    plot_losses(folder / "metrics.jsonl", folder / "loss.png")
+
+
+def test_without_matplotlib_a_result_is_saved_without_a_curve(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert [path.name for path in tune(Toy(), GOOD, steps=1).save(tmp_path)] == ["training.json"]
