@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from qlite.adapters import adapted_layers
 from qlite.checkpoint import fingerprint, stored_tensors
+from qlite.falcon import Falcon, FalconConfig
 from qlite.linear import QuantizedLinear
 from qlite.lora import LoRALinear
 from qlite.storage import FLOATS, StoredTensor, TensorToWrite, new_folder, read_tensor, resolve_folder, write_shards
@@ -176,13 +177,27 @@ def _merged(
     return (rounded.T.contiguous() if _is_conv1d(module.base) else rounded), change
 
 
+def _tied(model: nn.Module) -> bool | None:
+    """Whether head and embedding are one tensor, or None for a model without them.
+
+    What the model is, and not what its config says: an adapter on the head, or a head that is trained, unties it.
+    """
+    if isinstance(model, Falcon):
+        embeddings, head = model.transformer.word_embeddings, model.lm_head
+    else:
+        embeddings, head = (getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
+    if embeddings is None or head is None:
+        return None
+    return getattr(head, "weight", None) is embeddings.weight
+
+
 @torch.no_grad()
 def merge_adapter(model: nn.Module, *, original: str | pathlib.Path | None = None) -> MergeReport:
     """Returns a report, having put dense layers of weight `base + scaling * B A` in place of the model's adapted ones.
 
     The base is the decoded weight that the adapter was trained on; the sum is made in float32 and rounded once to the
     dtype of the base. Layers without an adapter stay as they are, encoded ones encoded. The model is another base now: it
-    loses `base_fingerprint` and `base_id`.
+    loses `base_fingerprint` and `base_id`; where its head is no longer its embedding, its config says so.
 
     Args:
         model: with adapters. original: folder or hub id of the checkpoint that the model was encoded from, whose weights
@@ -215,6 +230,12 @@ def merge_adapter(model: nn.Module, *, original: str | pathlib.Path | None = Non
     for attribute in ("lora_config", "base_fingerprint", "base_id"):
         if hasattr(model, attribute):
             delattr(model, attribute)
+    config: Any = getattr(model, "config", None)
+    if _tied(model) is False and getattr(config, "tie_word_embeddings", False):
+        if isinstance(config, FalconConfig):
+            model.config = dataclasses.replace(config, tie_word_embeddings=False)  # type: ignore[assignment]
+        else:
+            config.tie_word_embeddings = False
     return MergeReport(changes, "decoded" if original is None else str(original), next(iter(weights.values())).dtype)
 
 
@@ -270,14 +291,9 @@ def _config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     values.pop("quantization_config", None)
     values["architectures"] = values.get("architectures") or [type(model).__name__]
     values["dtype"] = str(dtype).removeprefix("torch.")
-    # What the model is, not what its config says: an adapter on the head, or a head that was trained, unties it.
-    ends = [getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output")]
-    if all(ends):
-        embeddings, head = (end() for end in ends)  # type: ignore[misc]
-    else:
-        embeddings, head = model.get_submodule("transformer.word_embeddings"), model.get_submodule("lm_head")
-    if head is not None:
-        values["tie_word_embeddings"] = getattr(head, "weight", None) is embeddings.weight
+    tied = _tied(model)
+    if tied is not None:
+        values["tie_word_embeddings"] = tied
     return values
 
 

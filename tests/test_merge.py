@@ -274,6 +274,16 @@ def test_with_the_original_each_adapted_layer_is_its_weight_plus_the_update(kind
     assert sum(isinstance(module, kind) for module in model.modules()) == len(others) - len(wanted)
 
 
+def test_a_module_that_was_trained_whole_is_the_models_and_not_the_originals(folder, tmp_path):
+    model = encoded_of(folder, targets=["dense"], modules_to_save=["lm_head", "ln_f"])
+    model.lm_head.weight.data += 1
+    model.transformer.ln_f.bias.data += 1
+    qlite.save_merged(model, tmp_path / "merged", original=folder)
+    found = tensors_of(tmp_path / "merged")
+    assert torch.equal(found["lm_head.weight"], model.lm_head.weight)
+    assert torch.equal(found["transformer.ln_f.bias"], model.transformer.ln_f.bias)
+
+
 def test_a_folder_that_is_merged_into_the_original_holds_its_weights_bit_for_bit(folder, tmp_path):
     model = encoded_of(folder, targets=["dense"])
     layers = adapted(model)
@@ -336,6 +346,34 @@ def test_a_merged_folder_holds_what_merging_in_the_model_gives(kind, flavour, tm
     assert (logits(loaded) - before).norm() <= 2**-18 * before.norm()
 
 
+ADAPTERS = {
+    "dora": {"dora": True},
+    "rslora": {"rslora": True},
+    "patterns": {"rank_pattern": {"dense": 5}, "alpha_pattern": {"h.0.mlp.dense_h_to_4h": 3.0}},
+    "pissa": {"init": "pissa"},
+    "everything": {"dora": True, "rslora": True, "rank_pattern": {"dense": 5}, "modules_to_save": ["ln_f", "word_embeddings"]},
+}
+
+
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("flavour", ["11b", "rw"])
+def test_every_kind_of_adapter_says_merged_what_it_said_beside_its_base(options, flavour, tmp_path):
+    model = base_of(qlite.Linear4bit, flavour)
+    base = logits(model)
+    adapt(model, **options)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name or (parameter.requires_grad and "lora" not in name):
+            parameter.data *= 1.1
+    before = logits(model)
+    report = qlite.save_merged(model, tmp_path / "merged")
+    found = logits(qlite.load_falcon(tmp_path / "merged", dtype=torch.float32))
+    assert (before - base).norm() > 0.1 * base.norm() and len(report.changes) == 8
+    # As above; the norm of a row in DoRA is the root of a sum in which the update is counted apart, twice in the forward pass.
+    assert (found - before).norm() <= 2**-17 * before.norm()
+    qlite.merge_adapter(model)
+    assert (logits(model) - before).norm() <= 2**-17 * before.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_float_of_the_folder_is_rounded_once_to_the_dtype_asked_for(dtype, tmp_path):
     model = base_of(qlite.Linear4bit, "rw")
@@ -362,15 +400,22 @@ def test_sixteen_bits_are_what_a_model_in_sixteen_bits_gives(tmp_path):
     assert {stored.dtype for stored in stored_tensors(tmp_path / "merged").values()} == {"BF16"}
 
 
-@pytest.mark.parametrize("change", ["an adapter on the head", "a head of its own"])
-def test_a_head_that_is_no_longer_the_embedding_is_untied_in_the_config(change, tmp_path):
+@pytest.mark.parametrize("in_place", [False, True], ids=["folder", "in place"])
+@pytest.mark.parametrize("change", ["an adapter on the head", "a head that is trained"])
+def test_a_head_that_is_no_longer_the_embedding_is_untied_in_the_config(change, in_place, tmp_path):
     model = base_of(qlite.Linear4bit, "7b")
     assert model.config.tie_word_embeddings
-    adapt(model, targets=["lm_head"] if change == "an adapter on the head" else ["dense"])
-    if change == "a head of its own":
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight + 1)
+    if change == "an adapter on the head":
+        adapt(model, targets=["lm_head"])
+    else:
+        adapt(model, targets=["dense"], modules_to_save=["lm_head"])
+        model.lm_head.weight.data += 1
     before = logits(model)
-    qlite.save_merged(model, tmp_path / "merged")
+    if in_place:
+        qlite.merge_adapter(model)
+        qlite.save_checkpoint(model, tmp_path / "merged")
+    else:
+        qlite.save_merged(model, tmp_path / "merged")
     assert read_json(tmp_path / "merged" / "config.json")["tie_word_embeddings"] is False
     loaded = qlite.load_falcon(tmp_path / "merged", dtype=torch.float32)
     assert loaded.lm_head.weight is not loaded.transformer.word_embeddings.weight

@@ -80,11 +80,7 @@ def theirs_of(kind):
     torch.manual_seed(0)
     model = gpt2() if kind == "gpt2" else llama(tied=kind == "tied llama")
     model.eval().requires_grad_(False)
-    if kind == "gpt2":
-        for module in model.modules():
-            if isinstance(module, transformers.pytorch_utils.Conv1D):
-                module.in_features, module.out_features = module.nx, module.nf
-    else:
+    if kind != "gpt2":
         qlite.quantize_model(model)
     adapt(model)
     return model
@@ -107,6 +103,25 @@ def test_another_merged_model_of_transformers_says_what_it_says_when_it_is_merge
         module = model.get_submodule(name.rpartition(".")[0])
         ours = module.dequantize() if isinstance(module, qlite.Linear4bit) else getattr(module, name.rpartition(".")[2])
         assert torch.equal(weight, ours), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_place", [False, True], ids=["folder", "in place"])
+def test_a_head_with_an_adapter_is_untied_in_transformers_too(in_place, tmp_path):
+    torch.manual_seed(0)
+    model = llama(tied=True).eval()
+    ids = tokens_of(model.config, 2, 7)
+    base = model(ids).logits
+    adapt(model, targets=["lm_head"])
+    before = model(ids).logits
+    if in_place:
+        qlite.merge_adapter(model)
+        model.save_pretrained(tmp_path / "merged")
+    else:
+        qlite.save_merged(model, tmp_path / "merged")
+    found = loaded(tmp_path / "merged")(ids).logits
+    assert (before - base).abs().max() > VISIBLE
+    assert (found - before).abs().max() <= 2**-16 * before.abs().max()
 
 
 def test_a_config_of_transformers_is_written_whole(tmp_path):
