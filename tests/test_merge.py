@@ -284,6 +284,17 @@ def test_a_module_that_was_trained_whole_is_the_models_and_not_the_originals(fol
     assert torch.equal(found["transformer.ln_f.bias"], model.transformer.ln_f.bias)
 
 
+def test_an_adapted_layer_that_is_dense_is_the_models_and_not_the_originals(folder, tmp_path):
+    model = qlite.load_falcon(folder, dtype=torch.float32)
+    qlite.quantize_model(model, skip=["lm_head", "dense"])
+    name = "transformer.h.1.self_attention.dense"
+    model.get_submodule(name).weight.data += 1
+    adapt(model, targets=["dense"])
+    wanted = adapted(model)[name].merged(model.get_submodule(name).base.weight)
+    qlite.save_merged(model, tmp_path / "merged", original=folder)
+    assert torch.equal(tensors_of(tmp_path / "merged")[f"{name}.weight"], wanted)
+
+
 def test_a_folder_that_is_merged_into_the_original_holds_its_weights_bit_for_bit(folder, tmp_path):
     model = encoded_of(folder, targets=["dense"])
     layers = adapted(model)
