@@ -99,8 +99,11 @@ def _adapted(function: str, model: nn.Module) -> dict[str, LoRALinear]:
     if not adapted:
         raise ValueError(f"{function}: {type(model).__name__} has no adapters")
     for name, module in adapted.items():
-        if not isinstance(module.base, (QuantizedLinear, nn.Linear)) and not _is_conv1d(module.base):
-            raise TypeError(f"{function}: {name} adapts a {type(module.base).__name__}; wanted a linear layer")
+        base = module.base
+        if not isinstance(base, (QuantizedLinear, nn.Linear)) and not _is_conv1d(base):
+            raise TypeError(f"{function}: {name} adapts a {type(base).__name__}; wanted a linear layer")
+        if not isinstance(base, QuantizedLinear) and not _dtype(base).is_floating_point:
+            raise TypeError(f"{function}: {name} adapts a layer of {_dtype(base)}; wanted floats, or one of quantize_model's")
     return adapted
 
 
@@ -275,6 +278,11 @@ def _tensors(
             wanted = dtype or _dtype(layer)
             tensors[f"{name}.weight"] = TensorToWrite(wanted, shape, functools.partial(weight, name, layer, wanted))
         elif (not encoded or attribute == "bias") and id(tensor) not in seen:
+            if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
+                raise TypeError(
+                    f"save_merged: {path} is a {type(layer).__name__} that holds {tensor.dtype}; wanted a dense layer, "
+                    "or one that quantize_model encoded"
+                )
             seen.add(id(tensor))  # a tied tensor is written once
             wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             own = f"{name}.{attribute}" if name else attribute

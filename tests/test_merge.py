@@ -545,6 +545,24 @@ def test_bad_arguments_are_refused_before_any_work(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_adapter_on_a_layer_that_somebody_else_encoded_is_not_merged():
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapt(model, r=1)
+    model[0].base.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"0 adapts a layer of torch\.uint8; wanted floats, or one of quantize_model's"):
+        qlite.merge_adapter(model)
+    assert adapted(model)
+
+
+def test_a_layer_that_somebody_else_encoded_is_refused_and_its_codes_are_never_written_for_weights(tmp_path):
+    model = base_of()
+    adapt(model, targets=["dense"])
+    model.transformer.h[1].mlp.dense_h_to_4h.weight = nn.Parameter(torch.zeros(9, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"h\.1\.mlp\.dense_h_to_4h is a Linear that holds torch\.uint8; wanted a dense layer"):
+        qlite.save_merged(model, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dense_weight_that_the_dtype_cannot_hold_is_refused_by_name(tmp_path):
     model = base_of()
     adapt(model, targets=["dense"])
