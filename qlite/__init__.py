@@ -9,7 +9,7 @@ from qlite.hub import push_adapter
 from qlite.int8 import Int8Tensor
 from qlite.linear import Linear4bit, Linear8bit
 from qlite.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
-from qlite.merge import merge_adapter
+from qlite.merge import merge_adapter, save_merged
 from qlite.nf4 import NF4Tensor
 from qlite.ops import quantize_int8, quantize_nf4
 from qlite.optim import AdamW8bit, PagedAdamW8bit
@@ -45,4 +45,5 @@ __all__ = [
     "quantize_nf4",
     "save_adapter",
     "save_checkpoint",
+    "save_merged",
 ]

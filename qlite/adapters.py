@@ -86,9 +86,9 @@ def _config_of_file(model: nn.Module, adapted: dict[str, LoRALinear], base_id: s
         "base_model_name_or_path": base_id or getattr(model, "base_id", None),
         "revision": None if base_id else getattr(model, "base_revision", None),
         "r": config.r * times,
-        "lora_alpha": config.alpha * scale,
+        "lora_alpha": _whole(config.alpha * scale),
         "rank_pattern": {key: r * times for key, r in config.rank_pattern.items()},
-        "alpha_pattern": {key: alpha * scale for key, alpha in config.alpha_pattern.items()},
+        "alpha_pattern": {key: _whole(alpha * scale) for key, alpha in config.alpha_pattern.items()},
         "lora_dropout": config.dropout,
         "target_modules": _target_modules(model, list(adapted), config),
         "modules_to_save": list(saved_modules(model, config)) or None,
@@ -99,6 +99,11 @@ def _config_of_file(model: nn.Module, adapted: dict[str, LoRALinear], base_id: s
         "use_rslora": config.rslora,
         "use_dora": config.dora,
     }
+
+
+def _whole(number: float) -> float:
+    """Returns an integer where the number is one: vLLM and ollama read lora_alpha as such."""
+    return int(number) if number == int(number) else number
 
 
 def _tensors_of_file(model: nn.Module, adapted: dict[str, LoRALinear]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The command line: `qlite finetune`, `generate`, `quantize`, `push`, each over the same public functions.
+"""The command line: `qlite finetune`, `generate`, `quantize`, `merge`, `push`, each over the same public functions.
 
 On its defaults `qlite finetune` is the demo: the packaged tiny Falcon learns the packaged FAQ. With `--recipe tutorial` and
 `--base tiiuae/falcon-7b` it is the job on a full-size model. Bad input ends in one line on stderr and exit status 2.
@@ -30,7 +30,7 @@ from qlite.falcon import Falcon
 from qlite.linear import QuantizedLinear
 from qlite.nf4 import BLOCK_SIZES, FP4_LEVELS
 from qlite.resume import checkpoints
-from qlite.storage import FLOATS, read_json
+from qlite.storage import FLOATS, check_free, read_json
 from qlite.train import SCHEDULES, check_options, plot_losses
 
 #: What `--recipe` sets where a flag is not given. "demo" was tuned for the tiny base on two CPU cores; "tutorial" is the
@@ -73,7 +73,7 @@ def _add_base_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="auto: float32 on the CPU, else 16 bits; to quantize, as stored",
+        help="auto: float32 on the CPU, else 16 bits; to quantize or merge, as stored",
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
 
@@ -142,6 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     share.add_argument("--base", help="hub id of the base, where the adapter names it by a folder of this machine")
     share.add_argument("--public", action="store_true", help="for everyone to see; private without")
     share.add_argument("--dry-run", action="store_true", help="list what would go, contact nothing")
+    join = verbs.add_parser("merge", formatter_class=_Help, help="write base and adapter as one", description=merge.__doc__)
+    _add_base_flags(join)
+    join.add_argument("--adapter", required=True, help="folder or hub id of a LoRA adapter")
+    join.add_argument("--original", help="folder or hub id of the base's dense weights, to take the place of decoded ones")
+    join.add_argument("--output", required=True, help="folder to write; must not hold anything")
     return parser
 
 
@@ -183,7 +188,7 @@ def _load(options: argparse.Namespace, *, stored_dtype: bool = False) -> tuple[F
     folder = resolve_folder(options.base, revision=options.revision)
     encoded = read_json(folder / "config.json").get("quantization_config") is not None
     kind = _kind(options, encoded)
-    if stored_dtype and kind is None:
+    if options.verb == "quantize" and kind is None:
         raise ValueError("there is nothing to quantize: " + ("it is quantized already" if encoded else "--quantize is none"))
     start = time.perf_counter()
     dtype = _dtype(options.dtype, device)
@@ -380,10 +385,22 @@ def push(options: argparse.Namespace) -> int:
     return 0
 
 
+def merge(options: argparse.Namespace) -> int:
+    """Write a base and its adapter as one dense checkpoint, decoded as the base was trained on, and say what changed."""
+    output, adapter = check_free(options.output), resolve_folder(options.adapter)
+    model, _ = _load(options, stored_dtype=True)
+    qlite.load_adapter(model, adapter)
+    files = resolve_folder(options.base, revision=options.revision)
+    print(qlite.save_merged(model, output, original=options.original, files_from=files))
+    print(f"wrote {options.output} ({sum(path.stat().st_size for path in output.iterdir()) / 1e6:,.1f} MB)")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status of a command line: 0, 1 where the work failed, 2 for bad input, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    verb = {"finetune": finetune, "generate": generate, "quantize": quantize, "push": push}[options.verb]
+    verbs = {"finetune": finetune, "generate": generate, "quantize": quantize, "merge": merge, "push": push}
+    verb = verbs[options.verb]
     try:
         return verb(options)
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -4,16 +4,21 @@ A safetensors file is read by our own few lines: the header is checked whole (si
 tensor is, and tensors are read, not mapped. Mapped pages count as memory, and a file that changes under a map kills the
 process. The format: https://github.com/huggingface/safetensors.
 
-Not done here: pickle (`.bin`, `.pt`) of any kind; downloads; writing tensors, which the safetensors package does.
+Tensors that exist only once they are asked for are written one by one, to the bytes that the safetensors package would write.
+
+Not done here: pickle (`.bin`, `.pt`) of any kind; downloads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +26,12 @@ from torch import Tensor
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**FLOATS, "U8": torch.uint8, "I8": torch.int8}
+#: What can be written, in the order in which the safetensors package lays tensors into a file: wide ones first, so that each
+#: begins at a multiple of its width.
+WRITTEN = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 LARGEST_HEADER = 16 * 2**20  # bytes, of a header or a JSON file; Falcon-180B's header is under 100 kB
 PIECE = 32 * 2**20  # bytes that go to a GPU at a time
 
@@ -170,6 +181,122 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
         torch.equal(read_bytes(one, at, min(piece, one.size - at)), read_bytes(other, at, min(piece, one.size - at)))
         for at in range(0, one.size, piece)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorToWrite:
+    """A tensor of a file that is yet to be written: what it will be, and the function that gives it, called once."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(
+    path: pathlib.Path, tensors: Mapping[str, TensorToWrite], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file, one tensor at a time: no two of them need be in memory together.
+
+    The bytes are those that the safetensors package writes for the same tensors. The file is written beside, flushed and
+    renamed: whatever fails, what stood under the name is whole.
+
+    Raises:
+        ValueError: a dtype that is not written, or a tensor that is not what was said of it.
+    """
+    order = list(WRITTEN)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in WRITTEN:
+            raise ValueError(f"write_tensors: {name} is {tensor.dtype}; wanted one of {', '.join(map(str, order))}")
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        span = [end, end := end + tensor.size]
+        header[name] = {"dtype": WRITTEN[tensor.dtype], "shape": tensor.shape, "data_offsets": span}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                content, said = tensors[name].make(), tensors[name]
+                if (content.dtype, tuple(content.shape)) != (said.dtype, tuple(said.shape)):
+                    raise ValueError(
+                        f"write_tensors: {name} came as {content.dtype} {tuple(content.shape)}; "
+                        f"{said.dtype} {tuple(said.shape)} was said of it"
+                    )
+                flat = content.detach().cpu().contiguous().view(-1)
+                file.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                del content, flat
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_shards(folder: pathlib.Path, tensors: Mapping[str, TensorToWrite], *, max_shard_bytes: int) -> None:
+    """Writes tensors as the hub lays them out: model.safetensors, or shards of at most so many bytes and their index.
+
+    A tensor that is larger than that has a shard of its own. The order of `tensors` is kept from shard to shard.
+    """
+    shards: list[dict[str, TensorToWrite]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.size
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", shards[0], metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / file, shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(tensor.size for tensor in tensors.values())}, "weight_map": weight_map}
+    replace_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+
+
+def check_free(folder: str | pathlib.Path) -> pathlib.Path:
+    """Returns the absolute path of a folder that is not there, or empty; FileExistsError where something would be lost."""
+    folder = pathlib.Path(folder).absolute()
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} holds something already; choose another folder")
+    return folder
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a folder to write into, which takes its name, whole, when the block ends; where it fails nothing is left.
+
+    Raises:
+        FileExistsError: as `check_free`.
+    """
+    folder = check_free(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            sync(path)
+        sync(temporary)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temporary, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync(path: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 pytest                                  # deterministic: 60 examples a property
 pytest --hypothesis-profile=nightly     # 2,000, drawn anew each time
+pytest --llama-cpp PATH                 # also runs llama.cpp's converters, from a copy of its sources, on files of ours
 """
 
 import os
@@ -26,3 +27,7 @@ if not torch.cuda.is_available():
     # Deterministic mode also fills uninitialised memory with NaN and the largest integer: an element that nobody wrote
     # cannot pass for a result by luck. (On CUDA it would refuse kernels that the library does not choose.)
     torch.use_deterministic_algorithms(True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--llama-cpp", help="folder of llama.cpp's sources, whose converters are run on files of ours")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import qlite
 from qlite import cli
 from qlite.data import ASSETS, encode_prompt, read_faq
+from tests.adapted import adapt
 
 BASE = ASSETS / "tiny-falcon"
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -169,6 +170,38 @@ def test_a_quantized_base_is_not_quantized_again(tmp_path, capsys):
     assert "it is quantized already" in said and "the base is quantized already" in said
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> pathlib.Path:
+    """An adapter that changes the answers, on the tiny base in 4 bits."""
+    model = qlite.load_falcon(BASE, quantize=qlite.Linear4bit)
+    adapt(model)
+    return qlite.save_adapter(model, tmp_path_factory.mktemp("lora"))
+
+
+def test_a_merged_checkpoint_answers_as_base_and_adapter_do_and_is_as_the_base_is_stored(adapter, tmp_path, capsys):
+    question, output = "Where is my parcel?", str(tmp_path / "merged")
+    assert cli.main(["merge", "--adapter", str(adapter), "--output", output, "--dtype", "float32"]) == 0
+    said = capsys.readouterr().out
+    assert "merged 32 layers into their decoded weights, in float32" in said and "wrote" in said
+    answers = []
+    for of in (["--adapter", str(adapter)], ["--base", output, "--quantize", "none"], []):
+        assert cli.main(["generate", question, "--tokens", "--dtype", "float32", "--max-new-tokens", "16", *of]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+    assert cli.main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "auto")]) == 0
+    assert "in bfloat16" in capsys.readouterr().out  # as the base has it, whatever the device computes in
+    assert {path.name for path in (tmp_path / "auto").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_merging_into_the_original_takes_its_weights(adapter, tmp_path, capsys):
+    options = ["merge", "--adapter", str(adapter), "--dtype", "float32"]
+    assert cli.main([*options, "--output", str(tmp_path / "merged"), "--original", str(BASE)]) == 0
+    assert f"merged 32 layers into the weights of {BASE}" in capsys.readouterr().out
+    assert cli.main([*options, "--output", str(tmp_path / "dense"), "--quantize", "none"]) == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "dense"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_long_answers_are_asked_for_whole_and_those_left_out_are_not_counted(tmp_path, capsys):
     pairs = read_faq(ASSETS / "faq.json")
     long = " ".join(answer for _, answer in pairs[:4])  # over the 64 tokens that generate gives on its own
@@ -261,6 +294,9 @@ def test_a_file_of_questions_is_answered_line_by_line(faq, capsys):
         (["finetune", "--base", "."], "has no config.json"),
         (["quantize", "--output", "taken"], "taken holds something already"),
         (["finetune", "--output", "taken"], "taken holds something already"),
+        (["merge", "--adapter", "taken", "--output", "taken"], "taken holds something already"),
+        (["merge", "--adapter", "/nowhere", "--output", "new"], "/nowhere is neither a folder nor a hub id"),
+        (["merge", "--adapter", "taken", "--output", "new"], "taken has no adapter_config.json"),
     ],
 )
 def test_bad_input_is_one_line_and_status_two(arguments, words, tmp_path, monkeypatch, capsys):
@@ -288,7 +324,7 @@ def flags(verb: str) -> list[argparse.Action]:
     return [action for action in verbs.choices[verb]._actions if not isinstance(action, argparse._HelpAction)]
 
 
-@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize", "push"])
+@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize", "merge", "push"])
 def test_every_flag_is_in_the_help_with_its_default(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([verb, "--help"])
@@ -302,7 +338,7 @@ def test_every_flag_is_in_the_help_with_its_default(verb, capsys):
             assert f"(default: {action.default})" in said, name
 
 
-@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize", "push"])
+@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize", "merge", "push"])
 def test_no_flag_is_parsed_and_then_ignored(verb):
     source = pathlib.Path(cli.__file__).read_text(encoding="utf-8")
     for action in flags(verb):

@@ -1,8 +1,10 @@
 """Reading files that others wrote, refusing files that are damaged, and writing files whole."""
 
 import json
+import os
 import pathlib
 import tempfile
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,23 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from qlite import storage
-from qlite.storage import DTYPES, read_bytes, read_header, read_json, read_metadata, read_tensor, replace_file, same_bytes
+from qlite.checkpoint import stored_tensors
+from qlite.storage import (
+    DTYPES,
+    WRITTEN,
+    TensorToWrite,
+    check_free,
+    new_folder,
+    read_bytes,
+    read_header,
+    read_json,
+    read_metadata,
+    read_tensor,
+    replace_file,
+    same_bytes,
+    write_shards,
+    write_tensors,
+)
 
 # Safetensors.
 
@@ -322,6 +340,177 @@ def test_a_json_file_beyond_the_limit_is_refused_before_it_is_read(folder, monke
     monkeypatch.setattr(pathlib.Path, "read_bytes", lambda path: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=r"16,777,217 bytes; at most 16,777,216 are read"):
         read_json(path)
+
+
+# Writing tensors.
+
+
+def to_write(tensors):
+    return {name: TensorToWrite(t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
+
+
+@st.composite
+def writable(draw):
+    """A tensor of any dtype that is written, contiguous or a transposed view."""
+    dtype, shape = draw(st.sampled_from(list(WRITTEN))), draw(shapes)
+    size = torch.Size(shape).numel() * dtype.itemsize
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    most = 2 if dtype == torch.bool else 256
+    tensor = torch.randint(most, (size,), dtype=torch.uint8, generator=generator).view(dtype).view(shape)
+    return tensor.mT if tensor.ndim >= 2 and draw(st.booleans()) else tensor
+
+
+# One tensor at least: without any, and with empty metadata, the package writes a header that is no JSON. One text at most: it
+# keeps texts in no order.
+@given(
+    st.dictionaries(names, writable(), min_size=1, max_size=8),
+    st.none() | st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=1),
+)
+def test_a_file_has_the_bytes_that_the_safetensors_package_writes(expected, kept):
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = pathlib.Path(folder) / "ours", pathlib.Path(folder) / "theirs"
+        write_tensors(ours, to_write(expected), metadata=kept)
+        save_file({name: tensor.contiguous() for name, tensor in expected.items()}, theirs, metadata=kept)
+        assert ours.read_bytes() == theirs.read_bytes()
+        assert {path.name for path in ours.parent.iterdir()} == {"ours", "theirs"}
+
+
+def test_no_two_tensors_are_in_memory_together_and_each_is_made_once(folder):
+    alive, most, made = weakref.WeakSet(), [], []
+
+    def make(i):
+        tensor = torch.full((100,), float(i))
+        made.append(i)
+        alive.add(tensor)
+        most.append(len(alive))
+        return tensor
+
+    tensors = {f"{i}": TensorToWrite(torch.float32, (100,), lambda i=i: make(i)) for i in range(5)}
+    write_tensors(folder / "a.safetensors", tensors)
+    assert most == [1] * 5 and sorted(made) == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            TensorToWrite(torch.float32, (3,), lambda: torch.zeros(4)),
+            r"a came as torch.float32 \(4,\); torch.float32 \(3,\) was",
+        ),
+        (
+            TensorToWrite(torch.float16, (2,), lambda: torch.zeros(1)),
+            r"a came as torch.float32 \(1,\); torch.float16 \(2,\) was",
+        ),
+        (TensorToWrite(torch.complex64, (2,), lambda: torch.zeros(2)), r"a is torch.complex64; wanted one of torch.int64"),
+    ],
+    ids=["shape", "dtype of the same size", "a dtype that is not written"],
+)
+def test_a_tensor_that_is_not_what_was_said_of_it_leaves_the_old_file_whole(said, words, folder):
+    path = written(SMALL, folder)
+    with pytest.raises(ValueError, match=words):
+        write_tensors(path, {"a": said})
+    assert path.read_bytes() == SMALL and list(folder.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("module", "step"), [(pathlib.Path, "open"), (os, "fsync"), (pathlib.Path, "replace")])
+def test_whatever_step_of_writing_tensors_fails_the_old_file_is_whole(module, step, folder, monkeypatch):
+    path = written(SMALL, folder)
+
+    def fails(*arguments, **options):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(module, step, fails)
+        write_tensors(path, to_write({"a": torch.zeros(3)}))
+    assert path.read_bytes() == SMALL and list(folder.iterdir()) == [path]
+
+
+def test_the_tensors_are_on_the_disk_before_the_name_is(folder, monkeypatch):
+    path, seen, fsync = written(SMALL, folder), [], os.fsync
+    new = save({"a": torch.zeros(3)})
+
+    def noted(descriptor):
+        seen.append((os.fstat(descriptor).st_size, path.read_bytes()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_tensors(path, to_write({"a": torch.zeros(3)}))
+    assert seen == [(len(new), SMALL)] and path.read_bytes() == new
+
+
+@given(st.dictionaries(names, writable(), min_size=1, max_size=8), st.integers(1, 800))
+def test_shards_hold_every_tensor_once_and_no_more_than_was_asked_for(expected, most):
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        write_shards(folder, to_write(expected), max_shard_bytes=most)
+        files = sorted(folder.glob("*.safetensors"))
+        headers = [read_header(path) for path in files]
+        assert sorted(name for header in headers for name in header) == sorted(expected)
+        for header in headers:
+            assert len(header) == 1 or sum(entry.size for entry in header.values()) <= most
+        if len(files) == 1:
+            assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+        else:
+            index = read_json(folder / "model.safetensors.index.json")
+            assert index["metadata"] == {"total_size": sum(t.numel() * t.element_size() for t in expected.values())}
+            assert list(index["weight_map"]) == list(expected) and set(index["weight_map"].values()) == {p.name for p in files}
+        assert stored_tensors(folder).keys() == expected.keys()  # which also checks that each is where the index says
+        for name, stored in stored_tensors(folder).items():
+            content = bytes(read_bytes(stored, 0, stored.size).tolist())
+            assert content == bytes_of(expected[name].contiguous())[2] and stored.shape == tuple(expected[name].shape)
+
+
+# Whole folders.
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["no folder", "an empty folder"])
+def test_a_new_folder_has_its_name_only_when_it_is_whole(there, folder):
+    if there:
+        (folder / "new").mkdir()
+    with new_folder(folder / "new") as inside:
+        (inside / "a").write_text("whole")
+        assert not (folder / "new").exists() or not any((folder / "new").iterdir())
+    assert [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))] == ["new", "new/a"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()], ids=["disk full", "interrupt"])
+def test_a_new_folder_that_is_not_finished_leaves_nothing(error, folder):
+    (folder / "other").write_text("mine")
+    with pytest.raises(type(error)), new_folder(folder / "new") as inside:
+        (inside / "a").write_text("half")
+        raise error
+    assert [path.name for path in folder.iterdir()] == ["other"]
+
+
+def test_the_files_of_a_new_folder_are_on_the_disk_before_its_name_is(folder, monkeypatch):
+    seen, sync = [], storage.sync
+
+    def noted(path):
+        seen.append((path.name, (folder / "new").exists()))
+        sync(path)
+
+    monkeypatch.setattr(storage, "sync", noted)
+    with new_folder(folder / "new") as inside:
+        (inside / "a").write_text("whole")
+    assert seen == [("a", False), (".new.tmp", False), (folder.name, True)]
+
+
+@pytest.mark.parametrize("kind", ["a folder with a file", "a file", "a link to nothing"])
+def test_what_stands_under_the_name_of_a_new_folder_is_left_alone(kind, folder):
+    path = folder / "new"
+    if kind == "a folder with a file":
+        path.mkdir()
+        (path / "mine").touch()
+    elif kind == "a file":
+        path.touch()
+    else:
+        path.symlink_to(folder / "nothing")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(FileExistsError, match="new holds something already; choose another folder"):
+        check_free(path)
+    with pytest.raises(FileExistsError, match="holds something"), new_folder(path):
+        raise AssertionError("it was given away")
+    assert sorted(folder.rglob("*")) == before
 
 
 # Whole writes.
