@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlite.download import resolve_folder
-from qlite.lora import ALL_LINEAR, AdapterReport, LoRAConfig, LoRALinear, add_lora, features, saved_modules
+from qlite.linear import QuantizedLinear
+from qlite.lora import ALL_LINEAR, AdapterReport, LoRAConfig, LoRALinear, add_lora, features, is_conv1d, saved_modules
 from qlite.storage import DTYPES, FLOATS, StoredTensor, read_header, read_json, read_metadata, read_tensor, sync
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -74,6 +75,11 @@ def _expression(names: list[str]) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
+def _lies_transposed(base: nn.Module) -> bool:
+    """Whether the dense layer, to PEFT, is a Conv1D."""
+    return base.transposed if isinstance(base, QuantizedLinear) else is_conv1d(base)
+
+
 def _config_of_file(model: nn.Module, adapted: dict[str, LoRALinear], base_id: str | None) -> dict[str, Any]:
     """Returns what adapter_config.json says of a model's adapters."""
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]
@@ -93,7 +99,7 @@ def _config_of_file(model: nn.Module, adapted: dict[str, LoRALinear], base_id: s
         "target_modules": _target_modules(model, list(adapted), config),
         "modules_to_save": list(saved_modules(model, config)) or None,
         "bias": "none",
-        "fan_in_fan_out": any(type(module.base).__name__ == "Conv1D" for module in adapted.values()),
+        "fan_in_fan_out": any(_lies_transposed(module.base) for module in adapted.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "use_rslora": config.rslora,

@@ -62,6 +62,16 @@ class ExpertStack(nn.Module):
             else:
                 self.register_parameter(key, nn.Parameter(stacked, requires_grad=False))
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)` of each expert's matrix."""
+        return self._template[0].out_features, self._template[0].in_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of `dequantize`."""
+        return self._template[0].dtype
+
     def __len__(self) -> int:
         return len(next(self.parameters()))
 

@@ -27,9 +27,11 @@ class QuantizedLinear(nn.Module, abc.ABC):
     Attributes:
         in_features, out_features: as in nn.Linear. bias: Parameter (out_features,) or None.
         dtype: dtype of `dequantize`; the forward follows the dtype of its input.
+        transposed: whether files of the model keep its dense weight as (in_features, out_features): a Conv1D's place.
     """
 
     weight: nn.Parameter
+    transposed = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype | None):
         super().__init__()

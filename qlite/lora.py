@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qlite import lora_init
+from qlite.experts import ExpertStack
 
 ALL_LINEAR = "all-linear"
 #: Features at a time when the rows of a weight are asked for by way of its layer.
@@ -127,6 +128,12 @@ def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, GPT-2's linear layer: sizes nx and nf, a weight (nx, nf), x @ weight."""
+    sizes, weight = (getattr(module, "nx", None), getattr(module, "nf", None)), module._parameters.get("weight")
+    return any(c.__name__ == "Conv1D" for c in type(module).__mro__) and weight is not None and tuple(weight.shape) == sizes
+
+
 def features(module: nn.Module) -> tuple[int, int] | None:
     """Returns `(in_features, out_features)` of a linear layer, or None for another module.
 
@@ -135,7 +142,7 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     # torch's own attention reads the weight of its output layer, which a wrapper has not.
     if isinstance(module, (nn.Bilinear, NonDynamicallyQuantizableLinear)):
         return None
-    if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int):
+    if is_conv1d(module):
         weight: Any = module.weight
         return tuple(weight.shape)
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -206,6 +213,11 @@ class LoRALinear(nn.Module):
             self.register_buffer("base_norm", squared.sqrt(), persistent=False)
             self.magnitude = nn.Parameter(self._norm())
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the base, as it is kept: what a model that asks a layer for its dtype or device wants to see."""
+        return self.base.weight  # type: ignore[return-value]
+
     def _of_base(self, x: Tensor) -> Tensor:
         """Returns x @ weight.T for the base's weight, float32: its answer without the bias, outside of any autocast."""
         weight: Any = self.base.weight
@@ -262,7 +274,7 @@ class LoRALinear(nn.Module):
             dense: the weight of the base, (out_features, in_features).
         """
         a, b = self.factors()
-        weight = dense.float() + (b @ a) * self.scaling
+        weight = (b @ a).mul_(self.scaling).add_(dense)  # in place: it is as large as the weight
         if self.magnitude is None:
             return weight
         norm = weight.norm(dim=1).clamp(min=math.sqrt(torch.finfo(torch.float32).tiny))
@@ -299,8 +311,12 @@ def _count_parameters(model: nn.Module) -> int:
     total: int = 0
     seen: set[int] = set()
     for module in model.modules():
-        weight, sizes = getattr(module, "weight", None), features(module)
-        encoded = sizes is not None and isinstance(weight, Tensor) and not weight.is_floating_point()
+        if isinstance(module, ExpertStack):
+            out_features, in_features = module.matrix_shape
+            total += len(module) * out_features * in_features
+            continue
+        weight, sizes = module._parameters.get("weight"), features(module)
+        encoded = sizes is not None and weight is not None and not weight.is_floating_point()
         if encoded and sizes is not None:
             total += sizes[0] * sizes[1]
         for parameter in module.parameters(recurse=False):

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from qlite.adapters import adapted_layers
 from qlite.checkpoint import fingerprint, stored_tensors
 from qlite.download import resolve_folder
+from qlite.experts import ExpertStack
 from qlite.falcon import Falcon, FalconConfig
 from qlite.linear import QuantizedLinear
-from qlite.lora import LoRALinear
+from qlite.lora import LoRALinear, is_conv1d
 from qlite.storage import FLOATS, StoredTensor, TensorToWrite, new_folder, read_tensor, write_shards
 
 #: What a folder of the hub keeps beside weights and config.json, and a merged one needs as well: never code, never pickle.
@@ -89,11 +90,6 @@ class MergeReport:
         )
 
 
-def _is_conv1d(layer: nn.Module) -> bool:
-    """Whether a layer is transformers' Conv1D: a linear layer whose weight is (in_features, out_features)."""
-    return type(layer).__name__ == "Conv1D"
-
-
 def _adapted(function: str, model: nn.Module) -> dict[str, LoRALinear]:
     """Returns the layers that carry an adapter; an error where there is none, or one that cannot be merged."""
     adapted = adapted_layers(model)
@@ -101,11 +97,16 @@ def _adapted(function: str, model: nn.Module) -> dict[str, LoRALinear]:
         raise ValueError(f"{function}: {type(model).__name__} has no adapters")
     for name, module in adapted.items():
         base = module.base
-        if not isinstance(base, (QuantizedLinear, nn.Linear)) and not _is_conv1d(base):
+        if not isinstance(base, (QuantizedLinear, nn.Linear)) and not is_conv1d(base):
             raise TypeError(f"{function}: {name} adapts a {type(base).__name__}; wanted a linear layer")
         if not isinstance(base, QuantizedLinear) and not _dtype(base).is_floating_point:
             raise TypeError(f"{function}: {name} adapts a layer of {_dtype(base)}; wanted floats, or one of quantize_model's")
     return adapted
+
+
+def _lies_transposed(layer: nn.Module) -> bool:
+    """Whether files keep a layer's weight as (in_features, out_features)."""
+    return layer.transposed if isinstance(layer, QuantizedLinear) else is_conv1d(layer)
 
 
 def _own_name(path: str, adapted: dict[str, LoRALinear]) -> str:
@@ -135,8 +136,12 @@ def _stored_original(function: str, model: nn.Module, original: str | pathlib.Pa
         )
     adapted = adapted_layers(model)
     for path, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            key, shape = f"{_own_name(path, adapted)}.weight", (module.out_features, module.in_features)
+        if isinstance(module, (QuantizedLinear, ExpertStack)):
+            if isinstance(module, ExpertStack):
+                key, shape = path, (len(module), *module.matrix_shape)
+            else:
+                key, shape = f"{_own_name(path, adapted)}.weight", (module.out_features, module.in_features)
+                shape = shape[::-1] if module.transposed else shape
             found = stored.get(key)
             if found is None or found.shape != shape or found.dtype not in FLOATS:
                 has = "is not there" if found is None else f"is {found.dtype} {found.shape}"
@@ -149,9 +154,10 @@ def _base_weight(name: str, layer: nn.Module, original: dict[str, StoredTensor] 
     if isinstance(layer, QuantizedLinear):
         if original is None:
             return layer.dequantize()
-        return read_tensor(original[f"{name}.weight"], device=layer.weight.device)
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.T if _is_conv1d(layer) else weight
+        weight = read_tensor(original[f"{name}.weight"], device=layer.weight.device)
+    else:
+        weight: Tensor = layer.weight  # type: ignore[no-redef]
+    return weight.T if _lies_transposed(layer) else weight
 
 
 def _compare(dense: Tensor, exact: Tensor, rounded: Tensor) -> WeightChange:
@@ -171,14 +177,14 @@ def _compare(dense: Tensor, exact: Tensor, rounded: Tensor) -> WeightChange:
 def _merged(
     function: str, name: str, module: LoRALinear, original: dict[str, StoredTensor] | None, dtype: torch.dtype
 ) -> tuple[Tensor, WeightChange]:
-    """Returns the merged weight of an adapted layer as its base lays weights out, in `dtype`, and what changed."""
+    """Returns the merged weight (out_features, in_features) of an adapted layer, in `dtype`, and what changed."""
     dense = _base_weight(name, module.base, original)
     exact = module.merged(dense)
     rounded = exact.to(dtype)
     change = _compare(dense, exact, rounded)
     if not math.isfinite(change.rounding):
         raise ValueError(f"{function}: {name} becomes non-finite in {dtype}; nothing was merged")
-    return (rounded.T.contiguous() if _is_conv1d(module.base) else rounded), change
+    return rounded, change
 
 
 def _tied(model: nn.Module) -> bool | None:
@@ -192,7 +198,7 @@ def _tied(model: nn.Module) -> bool | None:
         embeddings, head = (getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
     if embeddings is None or head is None:
         return None
-    return getattr(head, "weight", None) is embeddings.weight
+    return not isinstance(head, LoRALinear) and getattr(head, "weight", None) is embeddings.weight
 
 
 @torch.no_grad()
@@ -201,7 +207,8 @@ def merge_adapter(model: nn.Module, *, original: str | pathlib.Path | None = Non
 
     The base is the decoded weight that the adapter was trained on; the sum is made in float32 and rounded once to the
     dtype of the base. Layers without an adapter stay as they are, encoded ones encoded. The model is another base now: it
-    loses `base_fingerprint` and `base_id`; where its head is no longer its embedding, its config says so.
+    loses `base_fingerprint` and `base_id`; where its head is no longer its embedding, its config says so. An encoded Conv1D
+    becomes an nn.Linear, whose weight lies the other way round: save_merged, not save_pretrained, writes such a model.
 
     Args:
         model: with adapters. original: folder or hub id of the checkpoint that the model was encoded from, whose weights
@@ -228,10 +235,11 @@ def merge_adapter(model: nn.Module, *, original: str | pathlib.Path | None = Non
         if isinstance(layer, QuantizedLinear):
             layer = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             layer.bias = module.base.bias  # type: ignore[assignment]
-        layer.weight = nn.Parameter(weights[name], requires_grad=False)
+        weight = weights[name].T.contiguous() if is_conv1d(layer) else weights[name]
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.train(module.training))
-    for attribute in ("lora_config", "base_fingerprint", "base_id"):
+    for attribute in ("lora_config", "base_fingerprint", "base_id", "base_revision"):
         if hasattr(model, attribute):
             delattr(model, attribute)
     config: Any = getattr(model, "config", None)
@@ -260,10 +268,15 @@ def _tensors(
         return result
 
     def weight(name: str, layer: nn.Module, wanted: torch.dtype) -> Tensor:
-        if name not in adapted:
-            return cast(f"{name}.weight", _base_weight(name, layer, original), wanted)
-        result, changes[name] = _merged("save_merged", name, adapted[name], original, wanted)
-        return result
+        if name in adapted:
+            result, changes[name] = _merged("save_merged", name, adapted[name], original, wanted)
+        else:
+            result = cast(f"{name}.weight", _base_weight(name, layer, original), wanted)
+        return result.T.contiguous() if _lies_transposed(layer) else result
+
+    def stack(name: str, layer: ExpertStack, wanted: torch.dtype) -> Tensor:
+        dense = layer.dequantize() if original is None else read_tensor(original[name])
+        return cast(name, dense, wanted)
 
     tensors: dict[str, TensorToWrite] = {}
     seen: set[int] = set()
@@ -274,8 +287,13 @@ def _tensors(
         name = _own_name(path, adapted)
         if isinstance(layer, LoRALinear):
             continue  # what the adapter holds itself
+        if isinstance(layer, ExpertStack):
+            wanted, shape = dtype or layer.dtype, (len(layer), *layer.matrix_shape)
+            tensors[path] = TensorToWrite(wanted, shape, functools.partial(stack, path, layer, wanted))
+            continue
         if attribute == "weight" and (name in adapted or encoded):
             shape = (layer.out_features, layer.in_features) if encoded else tuple(tensor.shape)
+            shape = shape[::-1] if encoded and _lies_transposed(layer) else shape
             wanted = dtype or _dtype(layer)
             tensors[f"{name}.weight"] = TensorToWrite(wanted, shape, functools.partial(weight, name, layer, wanted))
         elif (not encoded or attribute == "bias") and id(tensor) not in seen:

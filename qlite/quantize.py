@@ -20,6 +20,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qlite.experts import ExpertStack, expert_weights
 from qlite.linear import Linear4bit, QuantizedLinear
+from qlite.lora import is_conv1d
 
 #: The reason to leave a layer that was encoded before.
 ENCODED = "already quantized"
@@ -70,12 +71,6 @@ def _by_reason(skipped: dict[str, tuple[int, str]]) -> list[str]:
         reasons.setdefault(reason, []).append(size)
     largest = sorted(reasons.items(), key=lambda entry: -sum(entry[1]))
     return [f"left {len(sizes)} x {sum(sizes) / 1e6:,.1f} MB: {reason}" for reason, sizes in largest]
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Returns whether this is GPT-2's linear layer: named Conv1D, with sizes nx and nf and a weight (nx, nf), x @ weight."""
-    weight, sizes = module._parameters.get("weight"), (getattr(module, "nx", None), getattr(module, "nf", None))
-    return any(c.__name__ == "Conv1D" for c in type(module).__mro__) and weight is not None and tuple(weight.shape) == sizes
 
 
 def _own_forward(module: nn.Module) -> bool:
@@ -262,4 +257,5 @@ def _quantized(linear: Any, kind: Callable[..., QuantizedLinear]) -> QuantizedLi
         layer.quantize_(weight.detach())
     if has_bias:
         layer.bias = linear.bias
+    layer.transposed = is_conv1d(linear)
     return layer.train(linear.training)

@@ -234,7 +234,7 @@ def _facts(model: nn.Module, run: saved_run.Run, settings: dict[str, Any], losse
         "base_fingerprint": settings["base"],
         "dtype": settings["dtype"],
         "layers": [{**json.loads(kind), "count": count} for kind, count in settings["layers"].items()],
-        "lora": settings["lora"],
+        "lora": dataclasses.asdict(model.lora_config) if hasattr(model, "lora_config") else None,  # type: ignore[call-overload]
         "optimizer": {
             "name": type(run.optimizer).__name__,
             "lr": settings["lr"][0],

@@ -341,7 +341,7 @@ def test_what_needs_the_base_s_weight_is_refused_on_meta(options):
 class Conv1D(nn.Module):
     def __init__(self, nf, nx):
         super().__init__()
-        self.nf, self.weight, self.bias = nf, nn.Parameter(seeded(nx, nf)), nn.Parameter(seeded(nf))
+        self.nx, self.nf, self.weight, self.bias = nx, nf, nn.Parameter(seeded(nx, nf)), nn.Parameter(seeded(nf))
 
     def forward(self, x):
         return x @ self.weight + self.bias

@@ -148,7 +148,7 @@ class Conv1D(nn.Module):
 
     def __init__(self, out_features, in_features):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.nx, self.nf = in_features, out_features
         self.weight, self.bias = nn.Parameter(torch.randn(in_features, out_features)), nn.Parameter(torch.randn(out_features))
 
     def forward(self, x):

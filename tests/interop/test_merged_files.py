@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import qlite
 from qlite.adapters import CONFIG, TENSORS
+from qlite.checkpoint import fingerprint, stored_tensors
 from qlite.data import ASSETS
 from tests.adapted import adapt, adapted, base_of, logits
 from tests.falcons import FLAVOURS, tokens_of
@@ -75,10 +76,19 @@ def gpt2():
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
+def mixtral():
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(
+        vocab_size=61, num_hidden_layers=2, max_position_embeddings=64, num_local_experts=3, **sizes
+    )
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
 def theirs_of(kind):
-    """A model of transformers with adapters that change what it says: encoded, or GPT-2, whose layers are Conv1D."""
+    """A model of transformers with adapters that change what it says: encoded, or dense GPT-2, whose layers are Conv1D."""
     torch.manual_seed(0)
-    model = gpt2() if kind == "gpt2" else llama(tied=kind == "tied llama")
+    made = {"mixtral": mixtral, "gpt2": gpt2, "encoded gpt2": gpt2}.get(kind)
+    model = made() if made is not None else llama(tied=kind == "tied llama")
     model.eval().requires_grad_(False)
     if kind != "gpt2":
         qlite.quantize_model(model)
@@ -103,6 +113,36 @@ def test_another_merged_model_of_transformers_says_what_it_says_when_it_is_merge
         module = model.get_submodule(name.rpartition(".")[0])
         ours = module.dequantize() if isinstance(module, qlite.Linear4bit) else getattr(module, name.rpartition(".")[2])
         assert torch.equal(weight, ours), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["encoded gpt2", "mixtral"])
+def test_an_encoded_conv1d_and_a_stack_of_experts_are_written_as_transformers_reads_them(kind, tmp_path):
+    model = theirs_of(kind)
+    ids = tokens_of(model.config, 2, 7)
+    before = model(ids).logits
+    qlite.save_merged(model, tmp_path / "merged")
+    assert (loaded(tmp_path / "merged")(ids).logits - before).abs().max() <= 2**-16 * before.abs().max()
+
+
+@torch.no_grad()
+def test_the_original_of_an_encoded_conv1d_is_read_the_other_way_round(tmp_path):
+    model, dense = theirs_of("encoded gpt2"), theirs_of("gpt2")
+    ids = tokens_of(model.config, 2, 7)
+    torch.manual_seed(0)
+    gpt2().save_pretrained(tmp_path / "dense")
+    model.base_fingerprint = fingerprint(stored_tensors(tmp_path / "dense"))
+    qlite.save_merged(model, tmp_path / "merged", original=tmp_path / "dense")
+    before = dense(ids).logits
+    assert (loaded(tmp_path / "merged")(ids).logits - before).abs().max() <= 2**-16 * before.abs().max()
+
+
+def test_an_original_that_keeps_its_experts_one_by_one_is_refused_by_name(tmp_path):
+    model = theirs_of("mixtral")
+    mixtral().save_pretrained(tmp_path / "dense")
+    model.base_fingerprint = fingerprint(stored_tensors(tmp_path / "dense"))
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj is not there; wanted floats"):
+        qlite.save_merged(model, tmp_path / "merged", original=tmp_path / "dense")
 
 
 @torch.no_grad()

@@ -386,6 +386,15 @@ def test_t5_reads_the_dtype_of_wo_which_stays_dense(name, dtype):
     assert logits_of(model, tokens(2, 12)).dtype == dtype
 
 
+@names
+def test_all_linear_adapts_every_architecture_and_counts_the_weights_it_stands_for(name):
+    model = encoded_of(name)
+    total = sum(p.numel() for p in dense_of(name).parameters())
+    report = adapt(model, name, targets="all-linear", seed=2)
+    assert report.total == total + report.trainable and not any(target.endswith("lm_head") for target in report.targets)
+    assert bool(torch.isfinite(logits_of(model, tokens(2, 12))).all())
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_save_pretrained_writes_of_a_4bit_model_is_refused_when_it_is_loaded(name, tmp_path):
     encoded_of(name).save_pretrained(tmp_path)
