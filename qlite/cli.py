@@ -23,13 +23,14 @@ import torch
 from tokenizers import Tokenizer
 
 import qlite
-from qlite.checkpoint import check_device, stored_tensors
+from qlite.checkpoint import check_device, is_encoded
 from qlite.data import ASSETS, FAQBatches, encode_prompt, read_faq
 from qlite.falcon import Falcon
 from qlite.linear import QuantizedLinear
 from qlite.nf4 import BLOCK_SIZES, FP4_LEVELS
 from qlite.resume import checkpoints
-from qlite.storage import FLOATS, read_json, resolve_folder
+from qlite.saving import LAYOUTS
+from qlite.storage import FLOATS, resolve_folder, stored_tensors
 from qlite.train import SCHEDULES, check_options, plot_losses
 
 #: What `--recipe` sets where a flag is not given. "demo" was tuned for the tiny base on two CPU cores; "tutorial" is the
@@ -134,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_base_flags(quant)
     quant.add_argument("--output", required=True, help="folder to write; must not hold anything")
+    quant.add_argument(
+        "--layout", choices=LAYOUTS, default="qlite", help="of the tensors; bitsandbytes: as transformers has it"
+    )
     return parser
 
 
@@ -164,6 +168,7 @@ def _kind(options: argparse.Namespace, encoded: bool) -> Callable[..., Quantized
         qlite.Linear4bit,
         block_size=64 if options.block_size is None else options.block_size,
         double_quant=options.double_quant is not False,
+        flat=options.verb == "quantize" and options.layout == "bitsandbytes",
     )
     kinds = {"nf4": four_bit, "fp4": functools.partial(four_bit, levels=FP4_LEVELS), "int8": qlite.Linear8bit, "none": None}
     return kinds[name]
@@ -173,7 +178,7 @@ def _load(options: argparse.Namespace, *, stored_dtype: bool = False) -> tuple[F
     """Returns the base as the flags want it, and its tokenizer; says what was quantized."""
     device = _device(options.device)
     folder = resolve_folder(options.base, revision=options.revision)
-    encoded = read_json(folder / "config.json").get("quantization_config") is not None
+    encoded = is_encoded(folder)
     kind = _kind(options, encoded)
     if stored_dtype and kind is None:
         raise ValueError("there is nothing to quantize: " + ("it is quantized already" if encoded else "--quantize is none"))
@@ -352,7 +357,7 @@ def quantize(options: argparse.Namespace) -> int:
     """Write a quantized checkpoint, which loads again without being quantized anew."""
     model, _ = _load(options, stored_dtype=True)
     tokenizer_json = resolve_folder(options.base, revision=options.revision) / "tokenizer.json"
-    qlite.save_checkpoint(model, options.output, tokenizer_json=tokenizer_json)
+    qlite.save_checkpoint(model, options.output, layout=options.layout, tokenizer_json=tokenizer_json)
     size = sum(path.stat().st_size for path in pathlib.Path(options.output).iterdir())
     print(f"wrote {options.output} ({size / 1e6:,.1f} MB)")
     return 0

@@ -10,6 +10,7 @@ Not done here: pickle (`.bin`, `.pt`) of any kind; writing tensors, which the sa
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -24,6 +25,8 @@ from torch import Tensor
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**FLOATS, "U8": torch.uint8, "I8": torch.int8}
 LARGEST_HEADER = 16 * 2**20  # bytes, of a header or a JSON file; Falcon-180B's header is under 100 kB
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PRINTED_BYTES = 256  # of each tensor, in the fingerprint
 PIECE = 32 * 2**20  # bytes that go to a GPU at a time
 
 
@@ -198,6 +201,45 @@ def read_tensor(stored: StoredTensor, *, device: torch.device | str = "cpu") -> 
     else:
         content = read_bytes(stored, 0, stored.size).to(device)
     return content.view(DTYPES[stored.dtype]).view(stored.shape)
+
+
+def stored_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
+    """Returns all tensors of a checkpoint folder by name, single file or sharded.
+
+    Raises:
+        FileNotFoundError: no safetensors there, or a shard that the index names is missing.
+        ValueError: a damaged file or index, a shard outside the folder, or a tensor that is not where the index says.
+    """
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{folder / INDEX}: has no weight_map")
+        for shard in weight_map.values():
+            if not isinstance(shard, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", shard):
+                raise ValueError(f"{folder / INDEX}: {shard!r} is not the name of a safetensors file in the folder")
+        headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
+        for name, shard in weight_map.items():
+            if name not in headers[shard]:
+                raise ValueError(f"{folder / INDEX}: says that {name} is in {shard}, which does not hold it")
+        return {name: headers[shard][name] for name, shard in weight_map.items()}
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)]
+    if pickles:
+        raise FileNotFoundError(
+            f"{folder} has no safetensors, only {pickles[0]}: pickle files can run code and are never loaded; "
+            "save the model as safetensors"
+        )
+    raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def fingerprint(stored: dict[str, StoredTensor]) -> str:
+    """Returns SHA-256, in hex, over name, shape and first 256 bytes of every tensor, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(stored.items()):
+        start = read_bytes(tensor, 0, min(PRINTED_BYTES, tensor.size))
+        digest.update(name.encode() + str(tensor.shape).encode() + bytes(start.tolist()))
+    return digest.hexdigest()
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:

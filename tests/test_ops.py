@@ -33,7 +33,7 @@ def test_nf4_ops_pass_opcheck(double_quant, columns):
     cases = {
         "quantize_nf4": (w, q.levels, 64),
         "dequantize_nf4": (*coded(q), columns, 64, torch.bfloat16),
-        "linear_nf4": (x, *coded(q), bias, 64),
+        "linear_nf4": (x, *coded(q), bias, 6, 64),
         "linear_nf4_grad": (seeded(3, 6), *coded(q), columns, 64),
     }
     for name, arguments in cases.items():
