@@ -142,7 +142,7 @@ def _linear_nf4_backward(ctx, grad: Tensor):
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.qlite.linear_nf4_grad(grad, *ctx.saved_tensors, ctx.in_features, ctx.block_size)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
+        grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
     return grad_x, None, None, None, None, None, grad_bias, None, None
 
 
@@ -192,7 +192,7 @@ def _linear_int8_backward(ctx, grad: Tensor):
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.qlite.linear_int8_grad(grad, *ctx.saved_tensors)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
+        grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias
 
 
