@@ -57,7 +57,7 @@ class Layout4bit:
     @property
     def flat(self) -> bool:
         """Whether a block crosses from a row into the next."""
-        return self.shape[0] > 1 and self.shape[1] % self.block_size != 0
+        return self.shape[0] != 1 and self.shape[1] % self.block_size != 0
 
     @property
     def rows(self) -> int:
