@@ -1,7 +1,7 @@
 """QLoRA as a library: 4-bit base weights, LoRA adapters and a paged 8-bit AdamW, from scratch in PyTorch and Triton."""
 
 from qlite.adapters import load_adapter, save_adapter
-from qlite.checkpoint import load_checkpoint, load_falcon, save_checkpoint
+from qlite.checkpoint import load_checkpoint, load_falcon
 from qlite.data import faq_batches, load_tokenizer
 from qlite.falcon import Falcon, FalconConfig
 from qlite.generate import generate
@@ -15,6 +15,7 @@ from qlite.ops import quantize_int8, quantize_nf4
 from qlite.optim import AdamW8bit, PagedAdamW8bit
 from qlite.placement import place_model
 from qlite.quantize import quantize_model
+from qlite.saving import save_checkpoint
 from qlite.train import finetune
 
 __all__ = [

@@ -1,30 +1,28 @@
-"""Checkpoints: safetensors in the hub's layout to a model and back, one tensor at a time.
+"""Checkpoints: safetensors in the hub's layout to a model, dense or encoded, one tensor at a time.
 
 Every name, shape and dtype is checked against the files' headers before the first tensor is read. A dense weight goes
 to the device and is encoded there before the next is read, so a load needs the encoded model plus one dense tensor, on
 the host and on the GPU. Files are read, not mapped: mapped pages count as memory, and a file that changes under a map
 kills the process.
 
-Not done here: pickle (`.bin`, `.pt`) of any kind; bitsandbytes' quantized layout.
+Encoded weights are read as they are, in our own layout, which config.json names, and in that of bitsandbytes, which the
+names of the tensors tell.
+
+Not done here: pickle (`.bin`, `.pt`) of any kind; writing (saving.py); what bitsandbytes' tensors mean (bnb_layout.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
-import os
 import pathlib
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qlite import bnb_layout
 from qlite.download import commit_of, resolve_folder
 from qlite.falcon import Falcon, FalconConfig
 from qlite.linear import Linear4bit, Linear8bit, QuantizedLinear
@@ -35,16 +33,13 @@ from qlite.storage import (
     DTYPES,
     FLOATS,
     StoredTensor,
-    read_bytes,
-    read_header,
+    fingerprint,
     read_json,
     read_tensor,
     same_bytes,
-    sync,
+    stored_tensors,
 )
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PRINTED_BYTES = 256  # of each tensor, in the fingerprint
 #: Tensors in old checkpoints that hold nothing a model needs.
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attention\.(masked_)?bias")
 
@@ -87,45 +82,6 @@ def check_device(device: torch.device | str) -> torch.device:
     return device
 
 
-def fingerprint(stored: dict[str, StoredTensor]) -> str:
-    """Returns SHA-256, in hex, over name, shape and first 256 bytes of every tensor, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(stored.items()):
-        start = read_bytes(tensor, 0, min(PRINTED_BYTES, tensor.size))
-        digest.update(name.encode() + str(tensor.shape).encode() + bytes(start.tolist()))
-    return digest.hexdigest()
-
-
-def stored_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
-    """Returns all tensors of a checkpoint folder by name, single file or sharded.
-
-    Raises:
-        FileNotFoundError: no safetensors there, or a shard that the index names is missing.
-        ValueError: a damaged file or index, a shard outside the folder, or a tensor that is not where the index says.
-    """
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{folder / INDEX}: has no weight_map")
-        for shard in weight_map.values():
-            if not isinstance(shard, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", shard):
-                raise ValueError(f"{folder / INDEX}: {shard!r} is not the name of a safetensors file in the folder")
-        headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
-        for name, shard in weight_map.items():
-            if name not in headers[shard]:
-                raise ValueError(f"{folder / INDEX}: says that {name} is in {shard}, which does not hold it")
-        return {name: headers[shard][name] for name, shard in weight_map.items()}
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
-    pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)]
-    if pickles:
-        raise FileNotFoundError(
-            f"{folder} has no safetensors, only {pickles[0]}: pickle files can run code and are never loaded; "
-            "save the model as safetensors"
-        )
-    raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}")
-
-
 def _check_finite(name: str, tensor: Tensor, dtype: torch.dtype, source: str) -> None:
     """ValueError unless every value is finite, and stays so in `dtype`."""
     if tensor.numel():
@@ -138,15 +94,42 @@ def _check_finite(name: str, tensor: Tensor, dtype: torch.dtype, source: str) ->
 
 
 @dataclasses.dataclass(frozen=True)
+class _Encoded:
+    """A layer that the files hold encoded: itself, empty, and what bitsandbytes' layout says of it, where it is in that.
+
+    Attributes:
+        parts: of bitsandbytes' layout -> name of its tensor. layout: of four bits.
+    """
+
+    layer: QuantizedLinear
+    parts: dict[str, str] = dataclasses.field(default_factory=dict)
+    layout: bnb_layout.Layout4bit | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class _Target:
-    """What becomes of a stored tensor: set as `owner.attribute`, or encoded into `owner`."""
+    """What becomes of a stored tensor: set as `owner.attribute`, or encoded into `owner`, or decoded with its other parts."""
 
     owner: nn.Module
     attribute: str
-    encode: bool
+    encode: bool = False
+    parts: _Encoded | None = None
 
 
-def _plan(model: nn.Module, stored: dict[str, StoredTensor], where: str) -> tuple[dict[str, _Target], dict[str, str]]:
+def _state(model: nn.Module, layers: dict[str, _Encoded]) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Yields name, owner, attribute and value of what the model holds once `layers` are in it."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        path, _, attribute = name.rpartition(".")
+        if path not in layers:
+            yield name, model.get_submodule(path), attribute, tensor
+    for path, encoded in layers.items():
+        for attribute, tensor in encoded.layer.state_dict(keep_vars=True).items():
+            yield f"{path}.{attribute}", encoded.layer, attribute, tensor
+
+
+def _plan(
+    model: nn.Module, stored: dict[str, StoredTensor], layers: dict[str, _Encoded], where: str
+) -> tuple[dict[str, _Target], dict[str, str]]:
     """Returns what becomes of each stored tensor, and name -> earlier name of each parameter that the model has twice.
 
     Raises:
@@ -156,11 +139,15 @@ def _plan(model: nn.Module, stored: dict[str, StoredTensor], where: str) -> tupl
     problems: list[str] = []
     first_name: dict[int, str] = {}
     tied: dict[str, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(path)
+    claimed = {name for encoded in layers.values() for name in encoded.parts.values()}
+    for name, owner, attribute, tensor in _state(model, layers):
+        path = name.rpartition(".")[0]
         if first_name.setdefault(id(tensor), name) != name:
             tied[name] = first_name[id(tensor)]
+            continue
+        if path in layers and layers[path].parts and attribute != "bias":
+            if attribute == "weight":
+                plan[name] = _Target(owner, attribute, parts=layers[path])
             continue
         entry = stored.get(name)
         encode = isinstance(owner, QuantizedLinear) and attribute == "weight" and entry is not None and entry.dtype in FLOATS
@@ -181,7 +168,7 @@ def _plan(model: nn.Module, stored: dict[str, StoredTensor], where: str) -> tupl
             problems.append(f"{name} is {entry.dtype}, wanted {'a float' if floats else tensor.dtype}")
         plan[name] = _Target(owner, attribute, encode)
     for name, entry in stored.items():
-        if name not in plan and name not in tied and not IGNORED.fullmatch(name):
+        if name not in plan and name not in tied and name not in claimed and not IGNORED.fullmatch(name):
             problems.append(f"{name} {entry.shape} is not part of this model")
     for name, first in tied.items():
         # Published checkpoints store a tied head once or twice; twice and different is another model than the config's.
@@ -202,6 +189,9 @@ def load_checkpoint(
 ) -> LoadReport:
     """Returns a report, having filled the model (on meta, or anywhere) from a checkpoint folder, in place.
 
+    Where the folder holds a linear layer encoded, in qlite's layout or in bitsandbytes', a Linear4bit or Linear8bit takes
+    the layer's place, and nothing is encoded again.
+
     Sets `model.base_fingerprint`: SHA-256 over name, shape and first 256 bytes of every tensor of the source files,
     which an adapter keeps to know its base. A checkpoint that qlite quantized keeps the fingerprint of the dense one.
 
@@ -209,11 +199,12 @@ def load_checkpoint(
         model: its parameter names are those of the files; its QuantizedLinear layers take dense weights (and encode
             them on the device) or encoded ones.
         folder: config.json and safetensors, single file or sharded with an index.
-        device: where the tensors go. dtype: of the dense ones; default: as stored.
+        device: where the tensors go. dtype: of the dense ones, and of what encoded ones decode to; default: as stored.
 
     Raises:
         FileNotFoundError: a file is missing. ValueError: anything that does not fit, or a value that is not finite or
-            would not be in `dtype` (the tensor is named). What headers tell is found before the model is changed.
+            would not be in `dtype` (the tensor is named); a quantization of another method; a buffer on meta that no
+            checkpoint holds. What headers tell is found before the model is changed.
 
     Example:
         >>> from qlite.data import ASSETS
@@ -222,12 +213,24 @@ def load_checkpoint(
         >>> report = qlite.load_checkpoint(model, ASSETS / "tiny-falcon")
     """
     folder, device = pathlib.Path(folder), check_device(device)
+    kept = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if buffer.device.type == "meta" and name not in kept:
+            raise ValueError(f"load_checkpoint: {name} is on meta, and no checkpoint holds it; have the model make it first")
     stored = stored_tensors(folder)
-    plan, tied = _plan(model, stored, str(folder))
+    layers = _encoded_layers(model, folder, stored, dtype)
+    plan, tied = _plan(model, stored, layers, str(folder))
+    for name, encoded in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, encoded.layer)
     report = LoadReport({}, {}, _source_fingerprint(folder, stored))
     for name in sorted(plan, key=lambda name: (stored[name].file, stored[name].start)):
         target = plan[name]
         owner, attribute = target.owner, target.attribute
+        if target.parts is not None:
+            _read_parts(target.parts, stored, device, str(folder))
+            report.encoded[name.rpartition(".")[0]] = target.parts.layer.encoded_bytes()
+            continue
         tensor = read_tensor(stored[name], device=device)
         scale = isinstance(owner, QuantizedLinear) and attribute not in ("weight", "bias")
         if tensor.is_floating_point():
@@ -285,36 +288,144 @@ def _levels(options: dict[str, Any]) -> tuple[float, ...]:
     return {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS, "custom4": tuple(options.get("levels", ()))}[options["format"]]
 
 
-def _encoded_layer(linear: nn.Linear, options: Any) -> QuantizedLinear:
+def _encoded_layer(linear: nn.Linear | QuantizedLinear, options: Any) -> QuantizedLinear:
     """Returns the empty layer that stored options describe, of the size of a linear one; ValueError for bad options."""
-    arguments = {"bias": linear.bias is not None, "device": "meta", "dtype": linear.weight.dtype}
+    arguments = {"bias": linear.bias is not None, "device": "meta", "dtype": _dtype_of(linear)}
     if options == {"format": "int8"}:
         return Linear8bit(linear.in_features, linear.out_features, **arguments)
     try:
-        if options.keys() - {"levels"} == {"format", "block_size", "double_quant"}:
+        if options.keys() - {"levels", "flat"} == {"format", "block_size", "double_quant"}:
             arguments |= {"block_size": options["block_size"], "double_quant": bool(options["double_quant"])}
+            arguments["flat"] = bool(options.get("flat", False))
             return Linear4bit(linear.in_features, linear.out_features, levels=_levels(options), **arguments)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"bad options of an encoded layer: {options!r:.200} ({error})") from error
     raise ValueError(f"unknown format of an encoded layer: {options!r:.200}")
 
 
-def _apply_quantization_config(model: nn.Module, stored: Any, where: str) -> None:
-    """Puts empty encoded layers where a checkpoint of qlite's has them."""
+def _own_layers(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns name -> options of the layers that qlite encoded, as config.json says; ValueError for an unknown method.
+
+    bitsandbytes' method says nothing here: transformers writes it beside dense weights, too.
+    """
+    path = folder / "config.json"
+    stored = read_json(path).get("quantization_config") if path.is_file() else None
+    if stored is None:
+        return {}
     method = stored.get("quant_method") if isinstance(stored, dict) else stored
-    if method != "qlite" or not isinstance(stored.get("layers"), dict):
-        raise ValueError(f"{where}: quantized by {method!r:.50}, a layout that qlite does not read")
-    modules = dict(model.named_modules())
-    for name, options in stored["layers"].items():
-        linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{where}: quantization_config names {name}, which is no linear layer of the model")
+    if method == "qlite" and isinstance(stored.get("layers"), dict):
+        return stored["layers"]
+    # The first configs that transformers wrote for bitsandbytes have no method.
+    if method == "bitsandbytes" or (method is None and stored.keys() & {"load_in_4bit", "load_in_8bit"}):
+        return {}
+    raise ValueError(f"{path}: quantized by {method!r:.50}, a layout that qlite does not read")
+
+
+def is_encoded(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint folder holds linear layers encoded, in qlite's layout or in bitsandbytes'.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `stored_tensors`; or config.json names a method that is not read.
+    """
+    return bool(_own_layers(folder) or bnb_layout.find_layers(stored_tensors(folder)))
+
+
+def _encoded_layers(
+    model: nn.Module, folder: pathlib.Path, stored: dict[str, StoredTensor], dtype: torch.dtype | None
+) -> dict[str, _Encoded]:
+    """Returns the layers that the files hold encoded, empty, by name; the model is left as it is.
+
+    Raises:
+        ValueError: a layer that is not linear in the model, or shares its weight there, or is encoded in another way; or
+            parts that do not fit each other.
+    """
+    found: dict[str, _Encoded] = {}
+    modules, owners = dict(model.named_modules()), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+
+    def linear(name: str, where: str) -> nn.Linear | QuantizedLinear:
+        module = modules.get(name)
+        if not name or not isinstance(module, (nn.Linear, QuantizedLinear)):
+            raise ValueError(f"{where} {name}, which is no linear layer of the model")
+        if others := [other for other in owners[id(module.weight)] if other != f"{name}.weight"]:
+            raise ValueError(f"{where} {name}, whose weight is also {others[0]} in the model")
+        return module
+
+    where = f"{folder / 'config.json'}: quantization_config names"
+    for name, options in _own_layers(folder).items():
+        module = linear(name, where)
         try:
-            layer = _encoded_layer(linear, options)
+            found[name] = _Encoded(_encoded_layer(module, options))
         except ValueError as error:
-            raise ValueError(f"{where}: {name}: {error}") from error
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+            raise ValueError(f"{folder / 'config.json'}: {name}: {error}") from error
+    for name, parts in bnb_layout.find_layers(stored).items():
+        module = linear(name, f"{folder}: bitsandbytes' tensors name")
+        try:
+            found[name] = _peer_layer(module, parts, stored, dtype)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {name}.{error}") from error
+    for name, encoded in found.items():
+        module = modules[name]
+        if isinstance(module, QuantizedLinear) and module.config() != encoded.layer.config():
+            raise ValueError(
+                f"{folder}: {name} is {encoded.layer.config()} in the files and {module.config()} in the model; "
+                "load into a model whose layers are dense, or the same"
+            )
+        encoded.layer.train(module.training)
+    return found
+
+
+def _peer_layer(
+    linear: nn.Linear | QuantizedLinear, names: dict[str, str], stored: dict[str, StoredTensor], dtype: torch.dtype | None
+) -> _Encoded:
+    """Returns the empty layer for bitsandbytes' parts of a weight; ValueError, from the part on, where they do not fit."""
+    parts: dict[str, Tensor] = {}
+    for part, name in names.items():
+        entry = stored[name]
+        if entry.dtype not in DTYPES or len(entry.shape) > 2:
+            raise ValueError(f"{part} is {entry.dtype} of shape {entry.shape}, which is none of bitsandbytes' parts")
+        if bnb_layout.is_small(part) and entry.size <= bnb_layout.SMALL:
+            parts[part] = read_tensor(entry)
+        else:
+            parts[part] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+    sizes = linear.in_features, linear.out_features
+    arguments: dict[str, Any] = {"bias": linear.bias is not None, "device": "meta"}
+    if any(part.startswith("weight.") for part in parts):
+        layout = bnb_layout.check_4bit(parts)
+        layer = Linear4bit(
+            *sizes, block_size=layout.block_size, double_quant=layout.offset is not None, flat=layout.flat,
+            levels=bnb_layout.LEVELS[layout.quant_type], dtype=dtype or layout.dtype, **arguments,
+        )  # fmt: skip
+        shape = layout.shape
+    else:
+        layout, shape = None, bnb_layout.check_8bit(parts)
+        layer = Linear8bit(*sizes, dtype=dtype or _dtype_of(linear), **arguments)
+    if shape != (linear.out_features, linear.in_features):
+        raise ValueError(f"weight has shape {tuple(shape)}, the model wants {(linear.out_features, linear.in_features)}")
+    return _Encoded(layer, names, layout)
+
+
+def _dtype_of(linear: nn.Linear | QuantizedLinear) -> torch.dtype:
+    return linear.dtype if isinstance(linear, QuantizedLinear) else linear.weight.dtype
+
+
+def _read_parts(encoded: _Encoded, stored: dict[str, StoredTensor], device: torch.device, source: str) -> None:
+    """Fills a layer from bitsandbytes' parts of its weight, as they are."""
+    parts = {part: read_tensor(stored[name], device=device) for part, name in encoded.parts.items()}
+    for part, name in encoded.parts.items():
+        if part != "weight" and parts[part].is_floating_point():
+            _check_finite(name, parts[part], parts[part].dtype, source)
+    if encoded.layout is None:
+        codes, absmax = bnb_layout.from_8bit(parts)
+        state: dict[str, Tensor | None] = {"weight": codes, "absmax": absmax}
+    else:
+        value = bnb_layout.from_4bit(parts, encoded.layout)
+        state = {"weight": value.codes, "levels": value.levels, "absmax": value.absmax}
+        state |= {"absmax_scale": value.absmax_scale, "absmax_offset": value.absmax_offset}
+    for attribute, tensor in state.items():
+        if tensor is not None:
+            _assign(encoded.layer, attribute, tensor)
 
 
 def _check_size(config: FalconConfig, stored: dict[str, StoredTensor], where: str) -> None:
@@ -338,7 +449,7 @@ def load_falcon(
 ) -> Falcon:
     """Returns a Falcon in evaluation mode, its linears encoded as `quantize` says, from a folder or the hub.
 
-    A folder that `save_checkpoint` wrote from an encoded model loads as it is, without encoding again. The model
+    A folder of encoded layers, in qlite's layout or bitsandbytes', loads as it is, without encoding again. The model
     carries `load_report` (print it), `base_fingerprint`, `base_id` and, from the hub, the commit as `base_revision`.
 
     Args:
@@ -364,10 +475,8 @@ def load_falcon(
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     _check_size(config, stored_tensors(folder), str(folder))
     model = Falcon(config, device="meta", dtype=dtype)
-    if values.get("quantization_config") is not None:
-        if quantize is not None:
-            raise ValueError(f"{folder}: is quantized already; load it with quantize=None")
-        _apply_quantization_config(model, values["quantization_config"], str(folder / "config.json"))
+    if quantize is not None and is_encoded(folder):
+        raise ValueError(f"{folder}: is quantized already; load it with quantize=None")
     skipped = {} if quantize is None else quantize_model(model, quantize).skipped
     report = load_checkpoint(model, folder, device=device, dtype=dtype)
     left = {name: why for name, (_, why) in skipped.items() if isinstance(model.get_submodule(name), nn.Linear)}
@@ -375,86 +484,3 @@ def load_falcon(
     model.base_id = str(path_or_repo_id)  # type: ignore[assignment]
     model.base_revision = commit_of(folder)  # type: ignore[assignment]
     return model.eval()
-
-
-def save_checkpoint(
-    model: Falcon,
-    folder: str | pathlib.Path,
-    *,
-    tokenizer_json: str | pathlib.Path | None = None,
-    max_shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Writes a model, dense or encoded, as a checkpoint folder that `load_falcon` reads.
-
-    The folder appears whole, by renaming: an interrupted save leaves nothing under its name.
-
-    Args:
-        model: a Falcon without adapters. folder: must not exist, or be empty.
-        tokenizer_json: a file to put beside it. max_shard_bytes: a larger model is cut into several files.
-
-    Raises:
-        ValueError: the model carries adapters. FileExistsError: the folder holds something.
-        FileNotFoundError: no tokenizer_json there.
-
-    Example:
-        >>> qlite.save_checkpoint(model, "falcon-nf4")  # doctest: +SKIP
-    """
-    folder = pathlib.Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"save_checkpoint: {folder} holds something already; choose another folder")
-    state = model.state_dict(keep_vars=True)
-    if any(".lora_" in name for name in state):
-        raise ValueError("save_checkpoint: the model carries adapters; use save_adapter, or merge_adapter first")
-    if tokenizer_json is not None and not pathlib.Path(tokenizer_json).is_file():
-        raise FileNotFoundError(f"save_checkpoint: {tokenizer_json}: no such file")
-    unique: dict[int, str] = {}
-    for name, tensor in state.items():
-        unique.setdefault(id(tensor), name)
-    tensors = {name: state[name].detach() for name in unique.values()}
-    values = model.config.to_dict()
-    values["dtype"] = str(model.transformer.word_embeddings.weight.dtype).removeprefix("torch.")
-    layers = {name: m.config() for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    if layers:
-        fingerprint = getattr(model, "base_fingerprint", None)
-        values["quantization_config"] = {"quant_method": "qlite", "base_fingerprint": fingerprint, "layers": layers}
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write_shards(tensors, temporary, max_shard_bytes)
-        (temporary / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        if tokenizer_json is not None:
-            shutil.copyfile(tokenizer_json, temporary / "tokenizer.json")
-        for path in temporary.iterdir():
-            shutil.copymode(temporary / "config.json", path)  # safetensors makes files for their owner alone
-            sync(path)
-        sync(temporary)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_shards(tensors: dict[str, Tensor], folder: pathlib.Path, max_shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += size
-    metadata = {"format": "pt"}
-    if len(shards) == 1:
-        save_file({name: t.contiguous().cpu() for name, t in shards[0].items()}, folder / SINGLE, metadata=metadata)
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: t.contiguous().cpu() for name, t in shard.items()}, folder / file, metadata=metadata)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(math.prod(t.shape) * t.element_size() for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

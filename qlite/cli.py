@@ -23,14 +23,15 @@ import torch
 from tokenizers import Tokenizer
 
 import qlite
-from qlite.checkpoint import check_device, stored_tensors
+from qlite.checkpoint import check_device, is_encoded
 from qlite.data import ASSETS, FAQBatches, encode_prompt, read_faq
 from qlite.download import resolve_folder
 from qlite.falcon import Falcon
 from qlite.linear import QuantizedLinear
 from qlite.nf4 import BLOCK_SIZES, FP4_LEVELS
 from qlite.resume import checkpoints
-from qlite.storage import FLOATS, check_free, read_json
+from qlite.saving import LAYOUTS
+from qlite.storage import FLOATS, check_free, stored_tensors
 from qlite.train import SCHEDULES, check_options, plot_losses
 
 #: What `--recipe` sets where a flag is not given. "demo" was tuned for the tiny base on two CPU cores; "tutorial" is the
@@ -135,6 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_base_flags(quant)
     quant.add_argument("--output", required=True, help="folder to write; must not hold anything")
+    quant.add_argument(
+        "--layout", choices=LAYOUTS, default="qlite", help="of the tensors; bitsandbytes: as transformers has it"
+    )
 
     share = verbs.add_parser("push", formatter_class=_Help, help="put an adapter on the hub", description=push.__doc__)
     share.add_argument("folder", help="the adapter's folder, such as runs/faq/adapter")
@@ -142,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     share.add_argument("--base", help="hub id of the base, where the adapter names it by a folder of this machine")
     share.add_argument("--public", action="store_true", help="for everyone to see; private without")
     share.add_argument("--dry-run", action="store_true", help="list what would go, contact nothing")
+
     join = verbs.add_parser("merge", formatter_class=_Help, help="write base and adapter as one", description=merge.__doc__)
     _add_base_flags(join)
     join.add_argument("--adapter", required=True, help="folder or hub id of a LoRA adapter")
@@ -177,6 +182,7 @@ def _kind(options: argparse.Namespace, encoded: bool) -> Callable[..., Quantized
         qlite.Linear4bit,
         block_size=64 if options.block_size is None else options.block_size,
         double_quant=options.double_quant is not False,
+        flat=options.verb == "quantize" and options.layout == "bitsandbytes",
     )
     kinds = {"nf4": four_bit, "fp4": functools.partial(four_bit, levels=FP4_LEVELS), "int8": qlite.Linear8bit, "none": None}
     return kinds[name]
@@ -186,7 +192,7 @@ def _load(options: argparse.Namespace, *, stored_dtype: bool = False) -> tuple[F
     """Returns the base as the flags want it, and its tokenizer; says what was quantized."""
     device = _device(options.device)
     folder = resolve_folder(options.base, revision=options.revision)
-    encoded = read_json(folder / "config.json").get("quantization_config") is not None
+    encoded = is_encoded(folder)
     kind = _kind(options, encoded)
     if options.verb == "quantize" and kind is None:
         raise ValueError("there is nothing to quantize: " + ("it is quantized already" if encoded else "--quantize is none"))
@@ -366,7 +372,7 @@ def quantize(options: argparse.Namespace) -> int:
     """Write a quantized checkpoint, which loads again without being quantized anew."""
     model, _ = _load(options, stored_dtype=True)
     tokenizer_json = resolve_folder(options.base, revision=options.revision) / "tokenizer.json"
-    qlite.save_checkpoint(model, options.output, tokenizer_json=tokenizer_json)
+    qlite.save_checkpoint(model, options.output, layout=options.layout, tokenizer_json=tokenizer_json)
     size = sum(path.stat().st_size for path in pathlib.Path(options.output).iterdir())
     print(f"wrote {options.output} ({size / 1e6:,.1f} MB)")
     return 0

@@ -96,13 +96,16 @@ class Linear4bit(QuantizedLinear):
 
     With B = ceil(in_features / block_size), the state is: `weight` uint8 (out, ceil(in / 2)); `absmax` uint8 (out, B)
     under double quantization, else float32; `absmax_scale` float32 (ceil(out * B / 256),) and `absmax_offset` float32
-    (1,) under double quantization alone; `levels` float32 (16,); `bias`.
+    (1,) under double quantization alone; `levels` float32 (16,); `bias`. A flat layer holds the same for one row of all
+    out * in weights: `weight` (1, ceil(out * in / 2)), B = ceil(out * in / block_size), `absmax` (1, B).
 
     Args:
         in_features, out_features, bias, device, dtype: as in nn.Linear.
         block_size: weights per absmax: 32, 64, ..., 4096.
         double_quant: the absmax values are encoded in 8 bits.
         levels: 16 values in [-1, 1]: nf4.NF4_LEVELS (default), nf4.FP4_LEVELS or a table of one's own.
+        flat: blocks run over the flattened weight, across its rows, as in bitsandbytes. It matters where in_features is
+            not a whole number of blocks; elsewhere the bytes are the same.
 
     Raises:
         ValueError: a bad block size or table.
@@ -129,25 +132,27 @@ class Linear4bit(QuantizedLinear):
         block_size: int = 64,
         double_quant: bool = True,
         levels: Sequence[float] = NF4_LEVELS,
+        flat: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
         ops.check_block_size(block_size)
-        self.block_size, self.double_quant = block_size, double_quant
+        self.block_size, self.double_quant, self.flat = block_size, double_quant, flat
         self._table = tuple(levels)
         table = ops.levels_tensor(levels, "cpu")
-        blocks = nf4.blocks_per_row(in_features, block_size)
-        codes = torch.zeros(out_features, (in_features + 1) // 2, dtype=torch.uint8, device=device)
+        rows, row = (1, out_features * in_features) if flat else (out_features, in_features)
+        blocks = nf4.blocks_per_row(row, block_size)
+        codes = torch.zeros(rows, (row + 1) // 2, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
         if double_quant:
-            absmax = torch.zeros(out_features, blocks, dtype=torch.uint8, device=device)
+            absmax = torch.zeros(rows, blocks, dtype=torch.uint8, device=device)
             self.absmax = nn.Parameter(absmax, requires_grad=False)
-            groups = -(-out_features * blocks // nf4.ABSMAX_BLOCK_SIZE)
+            groups = -(-rows * blocks // nf4.ABSMAX_BLOCK_SIZE)
             self.register_buffer("absmax_scale", torch.zeros(groups, device=device, dtype=torch.float32))
             self.register_buffer("absmax_offset", torch.zeros(1, device=device, dtype=torch.float32))
         else:
-            zeros = torch.zeros(out_features, blocks, device=device, dtype=torch.float32)
+            zeros = torch.zeros(rows, blocks, device=device, dtype=torch.float32)
             self.register_buffer("absmax", zeros)
             self.absmax_scale = self.absmax_offset = None
         self.register_buffer("levels", table.to(self.weight.device))
@@ -155,7 +160,8 @@ class Linear4bit(QuantizedLinear):
     def quantize_(self, dense: Tensor) -> Linear4bit:
         """Encodes `dense` (out_features, in_features) on its device into this module; see QuantizedLinear."""
         self._check_dense(dense)
-        encoded = ops.quantize_nf4(dense, block_size=self.block_size, double_quant=self.double_quant, levels=self._table)
+        options = {"block_size": self.block_size, "double_quant": self.double_quant, "levels": self._table, "flat": self.flat}
+        encoded = ops.quantize_nf4(dense, **options)
         self.weight = nn.Parameter(encoded.codes, requires_grad=False)
         if self.double_quant:
             self.absmax = nn.Parameter(encoded.absmax, requires_grad=False)
@@ -178,10 +184,12 @@ class Linear4bit(QuantizedLinear):
         return self.encoded().dequantize()
 
     def config(self) -> dict[str, Any]:
-        """Returns {"format": "nf4" | "fp4" | "custom4", "block_size", "double_quant"} and, for a custom table, "levels"."""
+        """Returns {"format": "nf4" | "fp4" | "custom4", "block_size", "double_quant"}, with "levels" of a custom table and
+        "flat": True of a flat layer."""
         named = {NF4_LEVELS: "nf4", FP4_LEVELS: "fp4"}.get(self._table)
         options = {"format": named or "custom4", "block_size": self.block_size, "double_quant": self.double_quant}
-        return options if named else {**options, "levels": list(self._table)}
+        options |= {} if named else {"levels": list(self._table)}
+        return {**options, "flat": True} if self.flat else options
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (..., out_features) in the dtype of x (..., in_features)."""

@@ -21,13 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from qlite.adapters import adapted_layers
-from qlite.checkpoint import fingerprint, stored_tensors
 from qlite.download import resolve_folder
 from qlite.experts import ExpertStack
 from qlite.falcon import Falcon, FalconConfig
 from qlite.linear import QuantizedLinear
 from qlite.lora import LoRALinear, is_conv1d
-from qlite.storage import FLOATS, StoredTensor, TensorToWrite, new_folder, read_tensor, write_shards
+from qlite.storage import (
+    FLOATS,
+    StoredTensor,
+    TensorToWrite,
+    fingerprint,
+    new_folder,
+    read_tensor,
+    stored_tensors,
+    write_shards,
+)
 
 #: What a folder of the hub keeps beside weights and config.json, and a merged one needs as well: never code, never pickle.
 BESIDE = (

@@ -2,8 +2,9 @@
 
 A row is cut into blocks; each block keeps its largest magnitude, and each weight the index of the level nearest to its
 share of it. QLoRA (arXiv 2305.14314), section 3: eq. 4 gives the normal-float levels, "Double Quantization" encodes the
-absmax values themselves in 8 bits. Blocks never cross a row, so dim 0 stays a real dimension; where a row is a whole
-number of blocks the bytes are those of bitsandbytes' flat layout.
+absmax values themselves in 8 bits. Blocks never cross a row, so dim 0 stays a real dimension. bitsandbytes lays its blocks
+over the flattened tensor: where a row is a whole number of blocks the bytes are the same, and elsewhere a tensor is encoded
+"flat", as one long row.
 
 The functions here are the specification that kernels are held against, in plain PyTorch. Not done here: choosing between
 reference and kernel (ops.py), modules (linear.py), a search for a better scale than absmax.
@@ -12,6 +13,7 @@ reference and kernel (ops.py), modules (linear.py), a search for a better scale 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -34,7 +36,7 @@ FP4_LEVELS: tuple[float, ...] = (
     -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
 )  # fmt: skip
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-#: Weights encoded at a time, in whole rows: what is computed on the way takes tens of bytes a weight.
+#: Weights encoded at a time, in whole rows or whole blocks: what is computed on the way takes tens of bytes a weight.
 CHUNK = 2**20
 #: Absmax values that share one second-level scale.
 ABSMAX_BLOCK_SIZE = 256
@@ -44,7 +46,8 @@ ABSMAX_BLOCK_SIZE = 256
 class NF4Tensor:
     """An encoded tensor: codes, block scales, and what is needed to decode them. A value; nothing in it is trained.
 
-    With R rows (the product of all dimensions but the last), C columns and B = ceil(C / block_size) blocks a row:
+    With R rows (the product of all dimensions but the last), C columns and B = ceil(C / block_size) blocks a row; or, for
+    a tensor that was encoded flat, R = 1 row of all its C weights:
 
     Attributes:
         codes: uint8 (R, ceil(C / 2)); two codes a byte, the first in the high nibble.
@@ -90,7 +93,7 @@ class NF4Tensor:
         """Returns the decoded tensor, of `shape`, in `dtype` (default: the dtype that was encoded)."""
         decoded = torch.ops.qlite.dequantize_nf4(
             self.codes, self.absmax, self.absmax_scale, self.absmax_offset, self.levels,
-            row_length(self.shape), self.block_size, dtype or self.dtype,
+            coded_row(self.codes.shape[0], self.shape), self.block_size, dtype or self.dtype,
         )  # fmt: skip
         return decoded.view(self.shape)
 
@@ -107,6 +110,14 @@ class NF4Tensor:
 def row_length(shape: torch.Size) -> int:
     """Returns the number of weights in a row: the last dimension, or 1 for a scalar."""
     return shape[-1] if shape else 1
+
+
+def coded_row(rows: int, shape: torch.Size) -> int:
+    """Returns how many weights a row of codes holds, for `rows` rows of codes of a tensor of `shape`.
+
+    A single row holds all of them (the tensor is flat, or has one row); otherwise each row of the tensor has its own.
+    """
+    return shape.numel() if rows == 1 else row_length(shape)
 
 
 def blocks_per_row(in_features: int, block_size: int) -> int:
@@ -160,10 +171,12 @@ def quantize(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     codes = torch.empty((rows, (columns + 1) // 2), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty((rows, blocks_per_row(columns, block_size)), dtype=torch.float32, device=weight.device)
     table = decision_table(levels)
+    width = CHUNK // block_size * block_size
     step = max(1, CHUNK // max(1, columns))
-    for first in range(0, rows, step):
-        part = slice(first, first + step)
-        codes[part], absmax[part] = _quantize_rows(weight[part], *table, block_size)
+    for first, start in itertools.product(range(0, rows, step), range(0, columns, width)):
+        part, stop = slice(first, first + step), min(start + width, columns)
+        its_codes, its_blocks = slice(start // 2, (stop + 1) // 2), slice(start // block_size, -(-stop // block_size))
+        codes[part, its_codes], absmax[part, its_blocks] = _quantize_rows(weight[part, start:stop], *table, block_size)
     return codes, absmax
 
 

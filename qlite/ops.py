@@ -78,7 +78,7 @@ def _keep(ctx, *tensors: Tensor | None) -> None:
 def _grad_bias(ctx, grad: Tensor, position: int) -> Tensor | None:
     if ctx.bias_dtype is None or not ctx.needs_input_grad[position]:
         return None
-    return grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
+    return grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
 
 
 def _kernels(device: torch.device):
@@ -152,19 +152,25 @@ _library.impl("dequantize_nf4", _dequantize_nf4_cuda, "CUDA")
 # NF4: the linear layer. The decoded weight lives for one product only; autograd keeps the bytes.
 
 
-def _linear_nf4(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, block_size) -> Tensor:
+def _decoded(coded, out_features: int, in_features: int, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Returns the weight (out_features, in_features) of its five coded parts, which may hold it flat: see nf4.coded_row."""
+    shape = torch.Size((out_features, in_features))
+    row = nf4.coded_row(coded[0].shape[0], shape)
+    return torch.ops.qlite.dequantize_nf4(*coded, row, block_size, dtype).view(shape)
+
+
+def _linear_nf4(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out_features, block_size) -> Tensor:
     coded = (codes, absmax, absmax_scale, absmax_offset, levels)
-    weight = torch.ops.qlite.dequantize_nf4(*coded, x.shape[-1], block_size, x.dtype)
-    return nf4.linear(x, weight, bias)
+    return nf4.linear(x, _decoded(coded, out_features, x.shape[-1], block_size, x.dtype), bias)
 
 
-def _linear_nf4_fake(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, block_size) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+def _linear_nf4_fake(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out_features, block_size) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _linear_nf4_grad(grad, codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size) -> Tensor:
     coded = (codes, absmax, absmax_scale, absmax_offset, levels)
-    return grad @ torch.ops.qlite.dequantize_nf4(*coded, in_features, block_size, grad.dtype)
+    return grad @ _decoded(coded, grad.shape[-1], in_features, block_size, grad.dtype)
 
 
 def _linear_nf4_grad_fake(grad, codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size) -> Tensor:
@@ -172,7 +178,7 @@ def _linear_nf4_grad_fake(grad, codes, absmax, absmax_scale, absmax_offset, leve
 
 
 def _keep_for_linear_nf4(ctx, inputs, output) -> None:
-    x, *coded, bias, ctx.block_size = inputs
+    x, *coded, bias, ctx.out_features, ctx.block_size = inputs
     _keep(ctx, *coded)
     ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
 
@@ -181,27 +187,32 @@ def _linear_nf4_backward(ctx, grad: Tensor):
     grad_x = None
     if ctx.needs_input_grad[0]:
         grad_x = _apply_linear_nf4_grad(grad, *ctx.saved_tensors, ctx.in_features, ctx.block_size)
-    return grad_x, None, None, None, None, None, _grad_bias(ctx, grad, 6), None
+    return grad_x, None, None, None, None, None, _grad_bias(ctx, grad, 6), None, None
 
 
-def _linear_nf4_jvp(ctx, x, codes, absmax, absmax_scale, absmax_offset, levels, bias, block_size) -> Tensor:
-    return _apply_linear_nf4(x, *ctx.saved_tensors, bias, ctx.block_size)
+def _linear_nf4_jvp(ctx, x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out_features, block_size) -> Tensor:
+    return _apply_linear_nf4(x, *ctx.saved_tensors, bias, ctx.out_features, ctx.block_size)
 
 
 def _keep_for_linear_nf4_grad(ctx, inputs, output) -> None:
-    _, *coded, ctx.in_features, ctx.block_size = inputs
+    grad, *coded, ctx.in_features, ctx.block_size = inputs
     _keep(ctx, *coded)
+    ctx.out_features = grad.shape[-1]
 
 
 def _linear_nf4_grad_backward(ctx, grad: Tensor):
-    return _apply_linear_nf4(grad, *ctx.saved_tensors, None, ctx.block_size), *[None] * 7
+    return _apply_linear_nf4(grad, *ctx.saved_tensors, None, ctx.out_features, ctx.block_size), *[None] * 7
 
 
 def _linear_nf4_grad_jvp(ctx, grad, *rest) -> Tensor:
     return _apply_linear_nf4_grad(grad, *ctx.saved_tensors, ctx.in_features, ctx.block_size)
 
 
-_declare(f"linear_nf4(Tensor x, {_CODED}, Tensor? bias, int block_size) -> Tensor", _linear_nf4, _linear_nf4_fake)
+_declare(
+    f"linear_nf4(Tensor x, {_CODED}, Tensor? bias, int out_features, int block_size) -> Tensor",
+    _linear_nf4,
+    _linear_nf4_fake,
+)
 _declare(
     f"linear_nf4_grad(Tensor grad, {_CODED}, int in_features, int block_size) -> Tensor",
     _linear_nf4_grad,
@@ -302,7 +313,12 @@ def check_block_size(block_size: int) -> None:
 
 
 def quantize_nf4(
-    weight: Tensor, *, block_size: int = 64, double_quant: bool = True, levels: Sequence[float] = NF4_LEVELS
+    weight: Tensor,
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+    levels: Sequence[float] = NF4_LEVELS,
+    flat: bool = False,
 ) -> NF4Tensor:
     """Returns `weight` encoded in 4 bits, on its device.
 
@@ -312,6 +328,7 @@ def quantize_nf4(
         block_size: weights per absmax: 32, 64, 128, ..., 4096.
         double_quant: encode the absmax values in 8 bits too (4.127 instead of 4.5 bits per weight at block size 64).
         levels: 16 values in [-1, 1]: NF4_LEVELS, FP4_LEVELS or a table of one's own.
+        flat: blocks run over the flattened tensor, across its rows, as bitsandbytes has them.
 
     Raises:
         TypeError: weight is not floating point.
@@ -328,8 +345,8 @@ def quantize_nf4(
     check_block_size(block_size)
     table = levels_tensor(levels, weight.device)
     row = nf4.row_length(weight.shape)
-    rows = weight.detach().reshape(-1, row) if row else weight.new_empty(weight.shape[:-1].numel(), 0)
-    codes, absmax = torch.ops.qlite.quantize_nf4(rows, table, block_size)
+    rows = (1 if flat else weight.shape[:-1].numel()), (weight.numel() if flat else row)
+    codes, absmax = torch.ops.qlite.quantize_nf4(weight.detach().reshape(rows), table, block_size)
     scale = offset = None
     if double_quant:
         absmax, scale, offset = nf4.quantize_absmax(absmax)
@@ -398,9 +415,13 @@ def linear_nf4(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tens
     """
     if len(weight.shape) != 2:
         raise ValueError(f"linear_nf4: weight has shape {tuple(weight.shape)}; wanted (out_features, in_features)")
+    if weight.codes.shape[0] not in (1, weight.shape[0]):
+        raise ValueError(
+            f"linear_nf4: {weight.codes.shape[0]} rows of codes for a weight of {weight.shape[0]}; wanted as many, or 1"
+        )
     x = _activation(x, weight.shape[1], "linear_nf4")
     coded = (weight.codes, weight.absmax, weight.absmax_scale, weight.absmax_offset, weight.levels)
-    return _apply_linear_nf4(x, *coded, bias, weight.block_size)
+    return _apply_linear_nf4(x, *coded, bias, weight.shape[0], weight.block_size)
 
 
 def dequantize_int8_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -33,6 +35,8 @@ WRITTEN = {
     torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 LARGEST_HEADER = 16 * 2**20  # bytes, of a header or a JSON file; Falcon-180B's header is under 100 kB
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PRINTED_BYTES = 256  # of each tensor, in the fingerprint
 PIECE = 32 * 2**20  # bytes that go to a GPU at a time
 
 
@@ -172,6 +176,45 @@ def read_tensor(stored: StoredTensor, *, device: torch.device | str = "cpu") -> 
     return content.view(DTYPES[stored.dtype]).view(stored.shape)
 
 
+def stored_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
+    """Returns all tensors of a checkpoint folder by name, single file or sharded.
+
+    Raises:
+        FileNotFoundError: no safetensors there, or a shard that the index names is missing.
+        ValueError: a damaged file or index, a shard outside the folder, or a tensor that is not where the index says.
+    """
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{folder / INDEX}: has no weight_map")
+        for shard in weight_map.values():
+            if not isinstance(shard, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", shard):
+                raise ValueError(f"{folder / INDEX}: {shard!r} is not the name of a safetensors file in the folder")
+        headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
+        for name, shard in weight_map.items():
+            if name not in headers[shard]:
+                raise ValueError(f"{folder / INDEX}: says that {name} is in {shard}, which does not hold it")
+        return {name: headers[shard][name] for name, shard in weight_map.items()}
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)]
+    if pickles:
+        raise FileNotFoundError(
+            f"{folder} has no safetensors, only {pickles[0]}: pickle files can run code and are never loaded; "
+            "save the model as safetensors"
+        )
+    raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def fingerprint(stored: dict[str, StoredTensor]) -> str:
+    """Returns SHA-256, in hex, over name, shape and first 256 bytes of every tensor, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(stored.items()):
+        start = read_bytes(tensor, 0, min(PRINTED_BYTES, tensor.size))
+        digest.update(name.encode() + str(tensor.shape).encode() + bytes(start.tolist()))
+    return digest.hexdigest()
+
+
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors are stored alike, compared piece by piece so that neither is held whole."""
     piece = 16 * 2**20
@@ -256,7 +299,7 @@ def write_shards(folder: pathlib.Path, tensors: Mapping[str, TensorToWrite], *, 
         shards[-1][name] = tensor
         filled += tensor.size
     if len(shards) == 1:
-        write_tensors(folder / "model.safetensors", shards[0], metadata={"format": "pt"})
+        write_tensors(folder / SINGLE, shards[0], metadata={"format": "pt"})
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
@@ -264,7 +307,7 @@ def write_shards(folder: pathlib.Path, tensors: Mapping[str, TensorToWrite], *, 
         write_tensors(folder / file, shard, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(tensor.size for tensor in tensors.values())}, "weight_map": weight_map}
-    replace_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+    replace_file(folder / INDEX, json.dumps(index, indent=2))
 
 
 def check_free(folder: str | pathlib.Path) -> pathlib.Path:

@@ -21,10 +21,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     8: ("__init__", "__main__", "cli"),
     7: ("train", "hub", "merge", "placement"),
-    6: ("adapters", "checkpoint", "resume", "quantize", "card"),
+    6: ("adapters", "checkpoint", "saving", "resume", "quantize", "card"),
     5: ("linear", "optim", "generate"),
     4: ("ops",),
-    3: ("kernels",),
+    3: ("kernels", "bnb_layout"),
     2: ("nf4", "adamw_8bit", "data", "lora"),
     1: ("dynamic8", "int8", "lora_init", "falcon", "paging", "storage", "download", "experts"),
 }

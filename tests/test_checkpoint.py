@@ -19,10 +19,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import qlite
-from qlite import checkpoint, storage
-from qlite.checkpoint import INDEX, SINGLE
+from qlite import checkpoint, saving, storage
 from qlite.linear import QuantizedLinear
 from qlite.nf4 import FP4_LEVELS
+from qlite.storage import INDEX, SINGLE
 from tests.falcons import FLAVOURS, falcon_of, tokens_of
 
 TABLE = tuple((2 * i - 15) / 15 for i in range(16))
@@ -237,7 +237,7 @@ def test_a_base_has_one_fingerprint_however_it_is_stored_and_loaded(quantize, sh
 def test_another_base_has_another_fingerprint(change, tmp_path):
     tensors = {"a": torch.arange(100.0), "b": torch.ones(3, 4)}
     save_file(tensors, tmp_path / SINGLE)
-    before = checkpoint.fingerprint(checkpoint.stored_tensors(tmp_path))
+    before = storage.fingerprint(storage.stored_tensors(tmp_path))
     assert before == fingerprint_by_hand(tensors)
     if change == "a value at the start":
         tensors["a"][63] = 5
@@ -248,14 +248,14 @@ def test_another_base_has_another_fingerprint(change, tmp_path):
     else:
         tensors["b"] = tensors["b"].view(4, 3)
     save_file(tensors, tmp_path / SINGLE)
-    assert checkpoint.fingerprint(checkpoint.stored_tensors(tmp_path)) != before
+    assert storage.fingerprint(storage.stored_tensors(tmp_path)) != before
 
 
 def test_a_fingerprint_reads_256_bytes_of_a_tensor_at_most(tmp_path, monkeypatch):
     sizes = []
-    read = checkpoint.read_bytes
-    monkeypatch.setattr(checkpoint, "read_bytes", lambda *arguments: sizes.append(arguments[2]) or read(*arguments))
-    checkpoint.fingerprint(checkpoint.stored_tensors(source(tmp_path / "base")))
+    read = storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda *arguments: sizes.append(arguments[2]) or read(*arguments))
+    storage.fingerprint(storage.stored_tensors(source(tmp_path / "base")))
     assert max(sizes) == 256 and len(sizes) == len(tensors_of())
 
 
@@ -264,7 +264,7 @@ def test_a_fingerprint_reads_256_bytes_of_a_tensor_at_most(tmp_path, monkeypatch
 
 def test_no_dense_weight_is_alive_when_the_next_one_is_read(tmp_path, monkeypatch):
     base = source(tmp_path / "base", "11b", shards=3)
-    places = {(entry.file, entry.start): name for name, entry in checkpoint.stored_tensors(base).items()}
+    places = {(entry.file, entry.start): name for name, entry in storage.stored_tensors(base).items()}
     encoded = {name for name in places if "h_to" in places[name] or "attention" in places[name]}
     alive = {}
 
@@ -446,7 +446,7 @@ def test_a_tokenizer_is_put_beside_and_one_that_is_not_there_is_an_error_before_
     (tmp_path / "its.json").write_bytes(b'{"a": "\xc3\xa4"}')
     qlite.save_checkpoint(falcon_of(FLAVOURS["7b"]), tmp_path / "saved", tokenizer_json=tmp_path / "its.json")
     assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == b'{"a": "\xc3\xa4"}'
-    monkeypatch.setattr(checkpoint, "save_file", refuse)
+    monkeypatch.setattr(saving, "save_file", refuse)
     with pytest.raises(FileNotFoundError, match=r"absent\.json: no such file"):
         qlite.save_checkpoint(falcon_of(FLAVOURS["7b"]), tmp_path / "other", tokenizer_json=tmp_path / "absent.json")
     assert not (tmp_path / "other").exists()
@@ -456,7 +456,7 @@ def test_a_tokenizer_is_put_beside_and_one_that_is_not_there_is_an_error_before_
 @pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()], ids=["disk full", "interrupt"])
 @pytest.mark.parametrize(
     ("module", "step", "after"),
-    [(checkpoint, "save_file", 0), (checkpoint, "save_file", 2), (checkpoint, "sync", 1), (os, "replace", 0)],
+    [(saving, "save_file", 0), (saving, "save_file", 2), (saving, "sync", 1), (os, "replace", 0)],
     ids=["first file", "third file", "flush", "rename"],
 )
 def test_an_interrupted_save_leaves_nothing_and_loses_nothing(exists, error, module, step, after, tmp_path, monkeypatch):
@@ -494,8 +494,8 @@ def test_what_a_killed_save_left_does_not_get_into_the_next_one(tmp_path):
 
 def test_the_folder_gets_its_name_last(tmp_path, monkeypatch):
     seen = []
-    sync = checkpoint.sync
-    monkeypatch.setattr(checkpoint, "sync", lambda path: seen.append((path.name, (tmp_path / "saved").exists())) or sync(path))
+    sync = saving.sync
+    monkeypatch.setattr(saving, "sync", lambda path: seen.append((path.name, (tmp_path / "saved").exists())) or sync(path))
     qlite.save_checkpoint(falcon_of(FLAVOURS["7b"]), tmp_path / "saved")
     assert sorted(seen) == [(".saved.tmp", False), ("config.json", False), (SINGLE, False)]
 
@@ -625,11 +625,6 @@ CONFIG_FAULTS = {
     "dropout": (lambda f: edit_json(f / "config.json", attention_dropout=0.1), ValueError, "attention_dropout is 0.1"),
     "a size that is text": (lambda f: edit_json(f / "config.json", hidden_size="48"), ValueError, "hidden_size is '48'"),
     "beyond floats": (lambda f: edit_json(f / "config.json", layer_norm_epsilon=10**400), ValueError, r"config\.json: "),
-    "bitsandbytes": (
-        lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        ValueError,
-        "quantized by 'bitsandbytes', a layout that qlite does not read",
-    ),
     "one block too many": (lambda f: edit_json(f / "config.json", num_hidden_layers=3), ValueError, "2 blocks, .* says 3"),
     "one block too few": (lambda f: edit_json(f / "config.json", num_hidden_layers=1), ValueError, "2 blocks, .* says 1"),
 }
@@ -706,8 +701,8 @@ def test_whatever_an_index_names_nothing_outside_the_folder_is_opened(name):
         index(base, transformer__ln_f__weight=name)
         opened = []
         with pytest.MonkeyPatch.context() as patch:
-            read = checkpoint.read_header
-            patch.setattr(checkpoint, "read_header", lambda path: opened.append(path) or read(path))
+            read = storage.read_header
+            patch.setattr(storage, "read_header", lambda path: opened.append(path) or read(path))
             with pytest.raises((ValueError, FileNotFoundError), match="base"):
                 qlite.load_falcon(base)
         assert all(path.resolve().parent == base.resolve() for path in opened)

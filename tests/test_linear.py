@@ -18,6 +18,7 @@ KINDS = [
     Linear8bit,
     functools.partial(Linear4bit, double_quant=False, block_size=32),
     functools.partial(Linear4bit, levels=FP4_LEVELS),
+    functools.partial(Linear4bit, flat=True),
 ]
 
 
@@ -120,6 +121,33 @@ def test_config_builds_a_layer_of_the_same_layout():
     assert layer_of(KINDS[3]).config()["format"] == "fp4"
     table = tuple((2 * i - 15) / 15 for i in range(16))
     assert Linear4bit(64, 8, levels=table).config()["levels"] == list(table)
+    assert Linear4bit(64, 8, flat=True).config() == {"format": "nf4", "block_size": 64, "double_quant": True, "flat": True}
+
+
+@pytest.mark.parametrize(("shape", "block_size"), [((40, 96), 64), ((3, 5), 32), ((7, 1), 32), ((1, 70), 64), ((0, 70), 64)])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_flat_layer_is_its_weight_encoded_as_one_row(shape, block_size, double_quant):
+    dense, options = seeded(*shape), {"block_size": block_size, "double_quant": double_quant}
+    layer = Linear4bit(*shape[::-1], flat=True, **options)
+    held = {name: (tensor.dtype, tensor.shape) for name, tensor in layer.state_dict().items()}
+    layer.quantize_(dense)
+    assert held == {name: (tensor.dtype, tensor.shape) for name, tensor in layer.state_dict().items()}
+    row = qlite.quantize_nf4(dense.reshape(1, -1), **options)
+    assert torch.equal(layer.weight, row.codes) and torch.equal(layer.absmax, row.absmax)
+    assert layer.weight.shape == (1, (dense.numel() + 1) // 2) and layer.dequantize().shape == shape
+    assert torch.equal(layer.dequantize().flatten(), row.dequantize().flatten())
+    x = seeded(2, shape[1]).requires_grad_()
+    y = layer(x)
+    assert torch.equal(y, torch.nn.functional.linear(x, layer.dequantize(), layer.bias))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones(2, shape[0]) @ layer.dequantize())
+
+
+def test_a_flat_layer_of_whole_blocks_has_the_bytes_of_one_that_is_not():
+    flat, rows = (Linear4bit(128, 40, flat=flat).quantize_(seeded(40, 128)) for flat in (True, False))
+    for name in ("weight", "absmax", "absmax_scale", "absmax_offset"):
+        assert torch.equal(getattr(flat, name).flatten(), getattr(rows, name).flatten())
+    assert torch.equal(flat.dequantize(), rows.dequantize())
 
 
 def test_a_dense_weight_of_another_shape_is_refused():

@@ -15,10 +15,9 @@ from torch import nn
 import qlite
 from qlite import storage
 from qlite.adapters import CONFIG, FINGERPRINT, TENSORS
-from qlite.checkpoint import stored_tensors
 from qlite.linear import QuantizedLinear
 from qlite.merge import BESIDE, WeightChange
-from qlite.storage import read_json, read_metadata, read_tensor
+from qlite.storage import read_json, read_metadata, read_tensor, stored_tensors
 from tests.adapted import KINDS, adapt, adapted, base_of, kinds, logits, stored_bytes
 from tests.falcons import FLAVOURS, falcon_of
 

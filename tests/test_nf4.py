@@ -138,6 +138,25 @@ def test_rows_of_whole_blocks_are_one_flat_sequence_of_blocks(drawn, levels):
     assert torch.equal(rows.codes.view(-1), flat.codes[0]) and torch.equal(rows.absmax.view(-1), flat.absmax[0])
 
 
+@given(weights(), block_sizes, tables, st.booleans())
+def test_a_flat_tensor_is_its_flattened_self_in_another_shape(w, block_size, levels, double_quant):
+    options = {"block_size": block_size, "double_quant": double_quant, "levels": levels}
+    flat, row = qlite.quantize_nf4(w, flat=True, **options), qlite.quantize_nf4(w.reshape(-1), **options)
+    assert flat.shape == w.shape and flat.nbytes == row.nbytes
+    assert torch.equal(flat.codes, row.codes) and torch.equal(flat.absmax, row.absmax)
+    assert torch.equal(flat.dequantize(), row.dequantize().view(w.shape))
+
+
+@given(weights(), block_sizes, tables, st.sampled_from((128, 160, 384)))
+def test_a_chunk_at_a_time_is_encoded_as_the_whole_is(w, block_size, levels, chunk):
+    w, levels = w.reshape(1, -1) if chunk == 160 else w, torch.tensor(levels)
+    whole = nf4.quantize(w, levels, block_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nf4, "CHUNK", chunk)
+        parts = nf4.quantize(w, levels, block_size)
+    assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
+
+
 @given(weights(), block_sizes, full_tables)
 def test_encoding_what_was_decoded_changes_nothing(w, block_size, levels):
     q = qlite.quantize_nf4(w, block_size=block_size, double_quant=False, levels=levels)

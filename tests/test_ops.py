@@ -1,6 +1,7 @@
 """The seam: schemas, fakes and gradients of the ops, compilation, and what autograd keeps."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -24,16 +25,17 @@ def coded(q):
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("columns", [128, 65])
-def test_nf4_ops_pass_opcheck(double_quant, columns):
+def test_nf4_ops_pass_opcheck(double_quant, flat, columns):
     w = seeded(6, columns)
-    q = qlite.quantize_nf4(w, double_quant=double_quant)
+    q = qlite.quantize_nf4(w, double_quant=double_quant, flat=flat)
     x = seeded(3, columns).requires_grad_()
     bias = seeded(6).requires_grad_()
     cases = {
         "quantize_nf4": (w, q.levels, 64),
-        "dequantize_nf4": (*coded(q), columns, 64, torch.bfloat16),
-        "linear_nf4": (x, *coded(q), bias, 64),
+        "dequantize_nf4": (*coded(q), 6 * columns if flat else columns, 64, torch.bfloat16),
+        "linear_nf4": (x, *coded(q), bias, 6, 64),
         "linear_nf4_grad": (seeded(3, 6), *coded(q), columns, 64),
     }
     for name, arguments in cases.items():
@@ -52,9 +54,9 @@ def test_int8_ops_pass_opcheck():
         assert set(results.values()) == {"SUCCESS"}, (name, results)
 
 
-@given(weights(dtypes=(torch.float32,), max_exponent=4), block_sizes, st.booleans(), st.integers(0, 4))
-def test_linear_nf4_and_its_gradient_equal_float64_over_the_decoded_weight(w, block_size, double_quant, batch):
-    q = qlite.quantize_nf4(w, block_size=block_size, double_quant=double_quant)
+@given(weights(dtypes=(torch.float32,), max_exponent=4), block_sizes, st.booleans(), st.booleans(), st.integers(0, 4))
+def test_linear_nf4_and_its_gradient_equal_float64_over_the_decoded_weight(w, block_size, double_quant, flat, batch):
+    q = qlite.quantize_nf4(w, block_size=block_size, double_quant=double_quant, flat=flat)
     exact = q.dequantize().double()
     x = seeded(batch, w.shape[1]).requires_grad_()
     y = ops.linear_nf4(x, q)
@@ -156,15 +158,16 @@ def test_under_autocast_the_fake_result_has_the_dtype_of_the_real_one(kind):
     assert y.dtype == torch.bfloat16 and y.shape == (2, 5)
 
 
-def test_compiles_to_one_graph_with_equal_numbers_and_gradients():
-    q = qlite.quantize_nf4(seeded(32, 64))
+@pytest.mark.parametrize("flat", [False, True])
+def test_compiles_to_one_graph_with_equal_numbers_and_gradients(flat):
+    q = qlite.quantize_nf4(seeded(32, 70), flat=flat)
 
     def run(x):
         return torch.nn.functional.gelu(ops.linear_nf4(x, q, torch.ones(32))).sum()
 
     compiled = torch.compile(run, fullgraph=True)
     for rows in (2, 5):  # the second shape must not need another graph break either
-        a, b = seeded(rows, 64).requires_grad_(), seeded(rows, 64).requires_grad_()
+        a, b = seeded(rows, 70).requires_grad_(), seeded(rows, 70).requires_grad_()
         run(a).backward()
         compiled(b).backward()
         torch.testing.assert_close(a.grad, b.grad)
@@ -177,6 +180,11 @@ def test_compiles_to_one_graph_with_equal_numbers_and_gradients():
         (lambda q: ops.linear_nf4(torch.tensor(1.0), q), ValueError, r"wanted \(..., 64\)"),
         (lambda q: ops.linear_nf4(torch.ones(2, 64, dtype=torch.int64), q), TypeError, "floating-point"),
         (lambda q: ops.linear_nf4(torch.ones(2, 64), qlite.quantize_nf4(torch.ones(64))), ValueError, "out_features"),
+        (
+            lambda q: ops.linear_nf4(torch.ones(2, 64), dataclasses.replace(q, codes=q.codes[:2], absmax=q.absmax[:2])),
+            ValueError,
+            "2 rows of codes for a weight of 5; wanted as many, or 1",
+        ),
         (lambda q: ops.linear_int8(torch.ones(2), q.codes, torch.ones(5), None), ValueError, r"wanted \(5, 1\)"),
     ],
 )
@@ -205,9 +213,12 @@ def test_levels_are_the_default_table():
     assert qlite.quantize_nf4(torch.ones(1, 64)).levels.tolist() == list(NF4_LEVELS)
 
 
-@pytest.mark.parametrize(("kind", "kept"), [("nf4", 0.6), ("int8", 2.1)])  # bytes a weight: int8 is joined from its parts
-def test_encoding_on_the_cpu_takes_no_more_than_a_chunk_beside_its_result(kind, kept):
-    encode = {"nf4": qlite.quantize_nf4, "int8": qlite.quantize_int8}[kind]
+FLAT = functools.partial(qlite.quantize_nf4, flat=True)
+
+
+# Bytes a weight that are kept: int8 is joined from its parts.
+@pytest.mark.parametrize(("encode", "kept"), [(qlite.quantize_nf4, 0.6), (FLAT, 0.6), (qlite.quantize_int8, 2.1)])
+def test_encoding_on_the_cpu_takes_no_more_than_a_chunk_beside_its_result(encode, kept):
     dense = seeded(4096, 4096, dtype=torch.bfloat16)
     # What torch's allocator was asked for, to the byte: the size of the process depends on what malloc gives back, and when.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:

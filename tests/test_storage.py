@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from qlite import storage
-from qlite.checkpoint import stored_tensors
 from qlite.storage import (
     DTYPES,
     WRITTEN,
@@ -27,6 +26,7 @@ from qlite.storage import (
     read_tensor,
     replace_file,
     same_bytes,
+    stored_tensors,
     write_shards,
     write_tensors,
 )

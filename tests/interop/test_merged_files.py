@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 import qlite
 from qlite.adapters import CONFIG, TENSORS
-from qlite.checkpoint import fingerprint, stored_tensors
 from qlite.data import ASSETS
+from qlite.storage import fingerprint, stored_tensors
 from tests.adapted import adapt, adapted, base_of, logits
 from tests.falcons import FLAVOURS, tokens_of
 

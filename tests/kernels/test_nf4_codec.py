@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qlite
 from qlite import nf4
 from qlite.nf4 import FP4_LEVELS, NF4_LEVELS
 from tests.strategies import DTYPES, block_sizes, tables, weights
@@ -33,6 +34,18 @@ def test_dequantize_equals_the_reference(w, block_size, levels, double_quant, dt
     w, levels = w.to(DEVICE), torch.tensor(levels, device=DEVICE)
     arguments = (*encoded(w, levels, block_size, double_quant), levels, w.shape[1], block_size, dtype)
     assert torch.equal(nf4_codec.dequantize(*arguments), nf4.dequantize(*arguments))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(5, 333), (3, 5), (61, 7)])
+def test_a_flat_tensor_is_one_long_row(shape, double_quant):
+    w, levels = torch.randn(shape, generator=torch.Generator().manual_seed(2)), torch.tensor(NF4_LEVELS)
+    q = qlite.quantize_nf4(w, double_quant=double_quant, flat=True)
+    parts = [None if part is None else part.to(DEVICE) for part in (q.codes, q.absmax, q.absmax_scale, q.absmax_offset)]
+    decoded = nf4_codec.dequantize(*parts, levels.to(DEVICE), w.numel(), 64, torch.float32)
+    assert torch.equal(decoded.cpu().view(shape), q.dequantize())
+    codes, _ = nf4_codec.quantize(w.to(DEVICE).view(1, -1), *nf4.decision_table(levels.to(DEVICE)), 64)
+    assert torch.equal(codes.cpu(), q.codes)
 
 
 @pytest.mark.parametrize("block_size", nf4.BLOCK_SIZES)
