@@ -325,8 +325,9 @@ def is_encoded(folder: pathlib.Path) -> bool:
     """Whether a checkpoint folder holds linear layers encoded, in qlite's layout or in bitsandbytes'.
 
     Raises:
-        FileNotFoundError, ValueError: as in `stored_tensors`; or config.json names a method that is not read.
+        FileNotFoundError, ValueError: as in `stored_tensors`; no config.json, or it names a method that is not read.
     """
+    read_json(folder / "config.json")
     return bool(_own_layers(folder) or bnb_layout.find_layers(stored_tensors(folder)))
 
 

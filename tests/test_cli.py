@@ -142,15 +142,25 @@ def test_the_tutorial_recipe_adapts_query_key_value_alone(faq, tmp_path, capsys)
     assert config["target_modules"] == ["query_key_value"] and config["lora_alpha"] == 32.0
 
 
-def test_a_quantized_checkpoint_answers_as_the_model_it_was_made_from(tmp_path, capsys):
+@pytest.mark.parametrize("layout", ["qlite", "bitsandbytes"])
+def test_a_quantized_checkpoint_answers_as_the_model_it_was_made_from(layout, tmp_path, capsys):
     question = "Where is my parcel?"
-    assert cli.main(["quantize", "--output", str(tmp_path / "nf4"), "--dtype", "float32"]) == 0
+    assert cli.main(["quantize", "--output", str(tmp_path / "nf4"), "--dtype", "float32", "--layout", layout]) == 0
+    method = json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]["quant_method"]
+    assert method == layout
     assert "wrote" in capsys.readouterr().out
     assert cli.main(["generate", question, "--tokens", "--dtype", "float32"]) == 0
     direct = capsys.readouterr().out
     assert cli.main(["generate", question, "--tokens", "--dtype", "float32", "--base", str(tmp_path / "nf4")]) == 0
     captured = capsys.readouterr()
     assert captured.out == direct and "32 encoded linear layers" in captured.err
+
+
+def test_blocks_larger_than_a_row_run_across_rows_in_the_layout_of_bitsandbytes(tmp_path, capsys):
+    options = ["--block-size", "4096", "--layout", "bitsandbytes"]
+    assert cli.main(["quantize", "--output", str(tmp_path / "nf4"), *options]) == 0
+    model = qlite.load_falcon(tmp_path / "nf4")
+    assert any(module.flat for module in model.modules() if isinstance(module, qlite.Linear4bit))
 
 
 @pytest.mark.parametrize("kind", ["fp4", "int8", "none"])

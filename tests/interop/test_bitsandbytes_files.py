@@ -1,0 +1,240 @@
+"""Checkpoints in bitsandbytes' layout: what transformers and bitsandbytes wrote is read, and ours by them, bit for bit."""
+
+import functools
+import json
+
+import accelerate
+import bitsandbytes as bnb
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import qlite
+from qlite import bnb_layout
+from qlite.nf4 import BLOCK_SIZES, FP4_LEVELS, NF4_LEVELS
+from tests.falcons import FLAVOURS, falcon_of, tokens_of
+
+EVEN = tuple(torch.linspace(-1, 1, 16).tolist())
+LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
+formats = pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+double = pytest.mark.parametrize("double_quant", [False, True], ids=["absmax", "nested"])
+#: Of float32 logits: the same decoded weights, products of at most 128 terms in another order, through two blocks.
+LOGITS = 2**-16
+
+
+def config_of(**options):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaConfig(vocab_size=61, max_position_embeddings=64, **sizes, **heads, **options)
+
+
+def dense(seed=0):
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(config_of(), dtype=torch.float32).eval()
+
+
+def on_meta(config):
+    """A model without weights; its buffers, which no file holds, are there."""
+    with accelerate.init_empty_weights():
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def kind_of(quant_type, double_quant, block_size=64):
+    return functools.partial(
+        qlite.Linear4bit, levels=LEVELS[quant_type], double_quant=double_quant, block_size=block_size
+    )  # fmt: skip
+
+
+def theirs_of(folder, quant_type, double_quant, storage=torch.uint8):
+    """A model that transformers encodes with bitsandbytes as it loads it."""
+    options = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=storage,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=options, dtype=torch.float32).eval()
+
+
+def layers_of(model, kind):
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+@torch.no_grad()
+def decoded(layer):
+    """What bitsandbytes itself decodes a 4-bit layer to."""
+    return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+@torch.no_grad()
+def assert_same_logits(ours, theirs):
+    """Against the dense model of what bitsandbytes decodes: its own layers round absmax to 16 bits when they infer on a CPU."""
+    twin = dense()
+    for name, layer in layers_of(theirs, bnb.nn.Linear4bit).items():
+        twin.get_submodule(name).weight.data = decoded(layer)
+    ids = tokens_of(config_of(), 2, 9)
+    found, expected = ours(ids).logits, twin(ids).logits
+    assert (found - expected).abs().max() <= LOGITS * expected.abs().max()
+
+
+# Theirs, read by us.
+
+
+@formats
+@double
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_what_transformers_wrote_is_read_without_encoding_again(quant_type, double_quant, storage, tmp_path):
+    dense().save_pretrained(tmp_path / "dense")
+    theirs = theirs_of(tmp_path / "dense", quant_type, double_quant, storage)
+    theirs.save_pretrained(tmp_path / "encoded")
+    ours = on_meta(theirs.config)
+    report = qlite.load_checkpoint(ours, tmp_path / "encoded")
+    there, here = layers_of(theirs, bnb.nn.Linear4bit), layers_of(ours.eval(), qlite.Linear4bit)
+    assert there.keys() == here.keys() == report.encoded.keys() and len(here) == 14
+    for name, layer in here.items():
+        packed = there[name].weight.data.contiguous().view(torch.uint8).flatten()
+        assert torch.equal(layer.weight.flatten(), packed), name
+        assert torch.equal(layer.dequantize(), decoded(there[name])), name
+    assert_same_logits(ours, theirs)
+
+
+def test_eight_bits_of_transformers_are_read(tmp_path):
+    dense().save_pretrained(tmp_path / "dense")
+    options = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=options, dtype=torch.float32
+    ).eval()
+    theirs.save_pretrained(tmp_path / "encoded")
+    stored = load_file(tmp_path / "encoded" / "model.safetensors")
+    ours = on_meta(theirs.config)
+    qlite.load_checkpoint(ours, tmp_path / "encoded")
+    here = layers_of(ours, qlite.Linear8bit)
+    assert len(here) == 14
+    for name, layer in here.items():
+        assert torch.equal(layer.weight, stored[f"{name}.weight"]) and torch.equal(layer.absmax[:, 0], stored[f"{name}.SCB"])
+
+
+# Ours, read by them.
+
+
+@formats
+@double
+def test_transformers_loads_what_we_wrote_with_the_same_weights(quant_type, double_quant, tmp_path):
+    ours = dense()
+    qlite.quantize_model(ours, kind_of(quant_type, double_quant))
+    qlite.save_checkpoint(ours, tmp_path, layout="bitsandbytes")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    there, here = layers_of(theirs, bnb.nn.Linear4bit), layers_of(ours, qlite.Linear4bit)
+    assert there.keys() == here.keys() and len(here) == 14
+    for name, layer in here.items():
+        assert torch.equal(layer.dequantize(), decoded(there[name])), name
+    assert_same_logits(ours, theirs)
+    again = on_meta(theirs.config)
+    qlite.load_checkpoint(again, tmp_path)
+    for name, layer in layers_of(again, qlite.Linear4bit).items():
+        for key, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, here[name].state_dict()[key]), (name, key)
+
+
+def test_transformers_loads_our_eight_bits(tmp_path):
+    ours = dense()
+    qlite.quantize_model(ours, qlite.Linear8bit)
+    qlite.save_checkpoint(ours, tmp_path, layout="bitsandbytes")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    there, here = layers_of(theirs, bnb.nn.Linear8bitLt), layers_of(ours, qlite.Linear8bit)
+    assert there.keys() == here.keys() and len(here) == 14
+    for name, layer in here.items():
+        assert torch.equal(there[name].weight.data, layer.weight), name
+        assert torch.equal(there[name].weight.SCB.flatten(), layer.absmax.flatten()), name
+
+
+@settings(max_examples=30)
+@given(
+    out_features=st.integers(1, 40),
+    in_features=st.integers(1, 150),
+    block_size=st.sampled_from(BLOCK_SIZES),
+    double_quant=st.booleans(),
+    quant_type=st.sampled_from(["nf4", "fp4"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_bitsandbytes_decodes_any_layer_that_we_wrote_to_our_bits(
+    out_features, in_features, block_size, double_quant, quant_type, dtype
+):
+    weight = torch.randn(out_features, in_features).to(dtype)
+    options = {"block_size": block_size, "double_quant": double_quant, "levels": LEVELS[quant_type]}
+    whole = in_features % block_size == 0 or out_features == 1
+    layer = qlite.Linear4bit(in_features, out_features, False, dtype=dtype, flat=not whole, **options).quantize_(weight)
+    parts = bnb_layout.to_4bit(layer.encoded())
+    stored = {key.removeprefix("weight."): tensor for key, tensor in parts.items() if key != "weight"}
+    state = bnb.functional.QuantState.from_dict(stored, device=torch.device("cpu"))
+    assert tuple(state.shape) == (out_features, in_features)
+    # As one row: its decoder for CPUs takes the absmax of a wrong block where one crosses rows, of its own codes too.
+    state.shape = torch.Size((out_features * in_features,))
+    found = bnb.functional.dequantize_4bit(parts["weight"], state).view(out_features, in_features)
+    assert found.dtype == dtype and torch.equal(found, layer.dequantize())
+
+
+@settings(max_examples=30)
+@given(
+    shape=st.tuples(st.integers(2, 30), st.integers(1, 150)), block_size=st.sampled_from(BLOCK_SIZES), seed=st.integers(0, 99)
+)
+def test_a_flat_layer_encodes_as_bitsandbytes_does_where_a_block_crosses_rows(shape, block_size, seed):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=block_size)
+    layer = qlite.Linear4bit(shape[1], shape[0], block_size=block_size, double_quant=False, flat=True).quantize_(weight)
+    assert torch.equal(layer.weight.flatten(), codes.flatten()) and torch.equal(layer.absmax.flatten(), state.absmax)
+
+
+# Falcon, which transformers does not encode.
+
+
+@formats
+@double
+@pytest.mark.parametrize("flavour", ["7b", "rw"])
+def test_a_falcon_in_their_layout_is_loaded_as_it_is(flavour, double_quant, quant_type, tmp_path):
+    model = falcon_of(FLAVOURS[flavour])
+    # Rows of 48 are no whole number of blocks of 32: such layers are flat in that layout.
+    qlite.quantize_model(model, functools.partial(kind_of(quant_type, double_quant, 32), flat=True))
+    qlite.save_checkpoint(model, tmp_path, layout="bitsandbytes")
+    again = qlite.load_falcon(tmp_path, dtype=torch.float32)
+    ids = tokens_of(model.config, 2, 7)
+    with torch.no_grad():
+        assert torch.equal(again(ids), model(ids))
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "bitsandbytes"
+
+
+# What the layout has no place for.
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda m: qlite.quantize_model(m, functools.partial(qlite.Linear4bit, levels=torch.linspace(-1, 1, 16).tolist())),
+            "levels of its own",
+        ),
+        (lambda m: None, "the model has none"),
+        (
+            lambda m: (qlite.quantize_model(m, skip=["lm_head", "mlp"]), qlite.quantize_model(m, qlite.Linear8bit)),
+            "one format for all layers",
+        ),
+    ],
+)
+def test_what_their_layout_has_no_place_for_is_refused_and_nothing_is_written(change, words, tmp_path):
+    model = dense()
+    change(model)
+    with pytest.raises(ValueError, match=words):
+        qlite.save_checkpoint(model, tmp_path / "saved", layout="bitsandbytes")
+    assert not any(tmp_path.iterdir())
+
+
+def test_stacks_of_experts_have_no_place_yet(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=61, num_hidden_layers=1, num_local_experts=2, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    qlite.quantize_model(model)
+    for layout in ("qlite", "bitsandbytes"):
+        with pytest.raises(ValueError, match=r"no place for model\..*experts\.gate_up_proj, a stack of experts"):
+            qlite.save_checkpoint(model, tmp_path / "saved", layout=layout)
+    assert not any(tmp_path.iterdir())
