@@ -28,5 +28,5 @@ def test_the_page_is_that_of_the_table_and_every_cell_passed():
             if peer not in cells:
                 assert cell == "-", REMEDY
                 continue
-            names = [f"{file}::{name}" for name, file in re.findall(r"\[(\w+)\]\(\S+/(\w+)\.py\)", cell)]
+            names = [f"{file}::{name}" for name, file in re.findall(r"\[(\w+)\]\([^)]+/(\w+)\.py\)", cell)]
             assert names == cells[peer] and re.match(r"[1-9]\d* passed<br>", cell), f"{line}\n{REMEDY}"
