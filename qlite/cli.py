@@ -28,10 +28,11 @@ from qlite.data import ASSETS, FAQBatches, encode_prompt, read_faq
 from qlite.download import resolve_folder
 from qlite.falcon import Falcon
 from qlite.linear import QuantizedLinear
+from qlite.lora_init import STARTS
 from qlite.nf4 import BLOCK_SIZES, FP4_LEVELS
 from qlite.resume import checkpoints
 from qlite.saving import LAYOUTS
-from qlite.storage import FLOATS, check_free, stored_tensors
+from qlite.storage import FLOATS, check_free, read_tensor, stored_tensors
 from qlite.train import SCHEDULES, check_options, plot_losses
 
 #: What `--recipe` sets where a flag is not given. "demo" was tuned for the tiny base on two CPU cores; "tutorial" is the
@@ -95,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--alpha", type=float, help="the adapters' output is scaled by alpha / r")
     train.add_argument("--dropout", type=float, help="on the adapters' input")
     train.add_argument("--targets", help="all-linear, names joined by commas, or a regular expression in /slashes/")
+    train.add_argument("--init", choices=STARTS, default="kaiming", help="how the adapters begin")
+    train.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
+    train.add_argument("--dora", action="store_true", help="train the norm of each row of the weights too")
     train.add_argument("--optimizer", choices=OPTIMIZERS, default="paged_adamw_8bit", help="of the adapters")
     train.add_argument("--lr", type=float, help="peak learning rate")
     train.add_argument("--weight-decay", type=float, default=0.0, help="of the adapters")
@@ -224,7 +228,23 @@ def _config(options: argparse.Namespace) -> qlite.LoRAConfig:
         chosen: str | tuple[str, ...] = targets[1:-1]
     else:
         chosen = targets if targets == "all-linear" else tuple(targets.split(","))
-    return qlite.LoRAConfig(r=options.r, alpha=options.alpha, dropout=options.dropout, targets=chosen)
+    return qlite.LoRAConfig(
+        r=options.r, alpha=options.alpha, dropout=options.dropout, targets=chosen, init=options.init, rslora=options.rslora,
+        dora=options.dora,
+    )  # fmt: skip
+
+
+def _dense(options: argparse.Namespace) -> Callable[[str], torch.Tensor] | None:
+    """Returns what gives the stored weight of a layer by its name, for the one start that wants it."""
+    if options.init != "loftq":
+        return None
+    folder = resolve_folder(options.base, revision=options.revision)
+    if is_encoded(folder) or options.quantize == "none":
+        raise ValueError(
+            "--init loftq repairs what encoding takes from dense weights; the base must be dense, and be quantized"
+        )
+    stored = stored_tensors(folder)
+    return lambda name: read_tensor(stored[f"{name}.weight"])
 
 
 def _output(options: argparse.Namespace) -> pathlib.Path:
@@ -301,7 +321,7 @@ def finetune(options: argparse.Namespace) -> int:
     eval_data = options.eval_data or (str(ASSETS / "faq_paraphrases.json") if demo_data else None)
     output = _output(options)
     pairs, others = read_faq(options.data), read_faq(eval_data) if eval_data else []
-    config = _check(options)
+    config, dense = _check(options), _dense(options)
     model, tokenizer = _load(options)
     context = model.config.max_position_embeddings
     if options.max_length > context:
@@ -316,7 +336,7 @@ def finetune(options: argparse.Namespace) -> int:
     most = min(max(len(answer) for _, answer in rows), context - max(len(prompt) for prompt, _ in rows))
 
     # An untrained adapter changes no bit, and a target that matches nothing is found before the work.
-    print(qlite.add_lora(model, config, seed=options.seed))
+    print(qlite.add_lora(model, config, seed=options.seed, dense=dense))
     _ask("before", model, tokenizer, options.ask, data, most)
     model.gradient_checkpointing = options.gradient_checkpointing
     optimizer = OPTIMIZERS[options.optimizer](qlite.lora_parameters(model), lr=options.lr, weight_decay=options.weight_decay)

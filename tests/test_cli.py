@@ -134,6 +134,23 @@ def test_a_resumed_run_leaves_the_adapter_of_one_that_never_stopped(faq, tmp_pat
     assert "switched off" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "loftq"])
+def test_adapters_of_every_kind_are_trained_and_give_the_same_answers_in_a_fresh_process(init, faq, tmp_path, capsys):
+    options = ["--steps", "1", "--init", init, "--rslora", "--dora", "--targets", "dense"]
+    assert cli.main(short(faq, tmp_path / "run", *options)) == 0
+    assert "the same answers, token for token" in capsys.readouterr().out
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["use_dora"] and config["use_rslora"] and config["r"] == (4 if init == "pissa" else 2)
+
+
+def test_loftq_wants_a_dense_base_that_is_quantized(faq, tmp_path, capsys):
+    assert cli.main(["quantize", "--output", str(tmp_path / "nf4")]) == 0
+    for more in (["--quantize", "none"], ["--base", str(tmp_path / "nf4")]):
+        assert cli.main(short(faq, tmp_path / "run", "--init", "loftq", *more)) == 2
+        assert "--init loftq repairs what encoding takes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_tutorial_recipe_adapts_query_key_value_alone(faq, tmp_path, capsys):
     assert cli.main(short(faq, tmp_path / "run", "--recipe", "tutorial", "--steps", "1", "--optimizer", "adamw")) == 0
     said = capsys.readouterr().out
