@@ -112,6 +112,11 @@ def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
+def config_text(values: dict[str, Any]) -> str:
+    """Returns the text of adapter_config.json, its keys in order; those of a pattern stay, since the first match counts."""
+    return json.dumps(dict(sorted(values.items())), indent=2) + "\n"
+
+
 def _tensors_of_file(model: nn.Module, adapted: dict[str, LoRALinear]) -> dict[str, Tensor]:
     """Returns the tensors of a model's adapters by PEFT's names; ValueError where one is not finite."""
     tensors: dict[str, Tensor] = {}
@@ -162,9 +167,7 @@ def save_adapter(model: nn.Module, folder: str | pathlib.Path, *, base_id: str |
     temporary = {name: folder / f".{name}.tmp" for name in (TENSORS, CONFIG)}
     try:
         save_file(tensors, temporary[TENSORS], metadata=metadata)
-        # Not sort_keys: of the keys of a pattern the first that matches counts.
-        text = json.dumps(dict(sorted(values.items())), indent=2)
-        temporary[CONFIG].write_text(text + "\n", encoding="utf-8")
+        temporary[CONFIG].write_text(config_text(values), encoding="utf-8")
         header = read_header(temporary[TENSORS])
         if header.keys() != tensors.keys() or not all(_same(header[name], tensor) for name, tensor in tensors.items()):
             raise OSError(f"save_adapter: {temporary[TENSORS]} does not hold what was written to it; is the disk sound?")

@@ -159,6 +159,8 @@ def _plan(
             problems.append(f"{name} is missing")
             continue
         shape = (owner.out_features, owner.in_features) if encode else tuple(tensor.shape)  # type: ignore[union-attr]
+        if encode and owner.transposed:  # type: ignore[union-attr]
+            shape = shape[::-1]
         # Scales are used as they are stored; other floats are cast.
         exact = isinstance(owner, QuantizedLinear) and attribute not in ("weight", "bias")
         floats = (tensor.is_floating_point() and not exact) or encode
@@ -237,7 +239,7 @@ def load_checkpoint(
             _check_finite(name, tensor, tensor.dtype if scale or dtype is None else dtype, str(folder))
         if target.encode:
             assert isinstance(owner, QuantizedLinear)
-            owner.quantize_(tensor)
+            owner.quantize_(tensor.T if owner.transposed else tensor)
         else:
             if scale:
                 _check_levels(name, owner, attribute, tensor, str(folder))

@@ -9,12 +9,11 @@ Not done here: whole models, data sets, branches and pull requests.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from qlite.adapters import CONFIG, TENSORS, read_config, read_tensors
+from qlite.adapters import CONFIG, TENSORS, config_text, read_config, read_tensors
 from qlite.card import model_card
 from qlite.download import hub_errors, is_repo_id
 from qlite.storage import read_json, read_metadata
@@ -94,7 +93,7 @@ def _prepare(folder: pathlib.Path, repo_id: str, base_id: str | None) -> tuple[d
             raise ValueError(f"push_adapter: {folder / name} holds a path of this machine, {'; '.join(paths)}; remove it")
     files: dict[str, bytes | pathlib.Path] = {name: folder / name for name in (CONFIG, TENSORS)}
     if values is not found:
-        files[CONFIG] = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+        files[CONFIG] = config_text(values).encode()
     files |= {name: folder / name for name in (TRAINING, CURVE) if (folder / name).is_file()}
     if (folder / CARD).is_file():
         return {**files, CARD: folder / CARD}, None

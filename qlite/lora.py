@@ -215,8 +215,13 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the base, as it is kept: what a model that asks a layer for its dtype or device wants to see."""
-        return self.base.weight  # type: ignore[return-value]
+        """An empty tensor (0,), of the dtype and device that the base computes in: for a model that asks a layer for those.
+
+        The weight itself is the base's and the adapter's together. Whoever multiplied by the base's would lose the adapter
+        in silence; a product with this one fails.
+        """
+        weight: Any = self.base.weight
+        return weight.new_empty(0, dtype=getattr(self.base, "dtype", weight.dtype))
 
     def _of_base(self, x: Tensor) -> Tensor:
         """Returns x @ weight.T for the base's weight, float32: its answer without the bias, outside of any autocast."""

@@ -159,6 +159,16 @@ def test_a_base_without_a_hub_id_is_refused_unless_one_is_given(base, folder, hu
     assert json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] == base
 
 
+def test_a_base_that_is_given_leaves_the_keys_of_a_pattern_in_their_order(folder, hub):
+    # The first key that matches counts; sorted, the wider one would come first.
+    model = base_of()
+    adapt(model, targets=["dense_h_to_4h"], alpha_pattern={r"h\.0\.mlp\..*": 3.0, "dense_h_to_4h": 5.0})
+    qlite.save_adapter(model, folder, base_id="tiiuae/falcon-7b")
+    push(folder, base_id="me/tiny")
+    pushed = json.loads(hub.repositories["me/faq"].files[CONFIG])
+    assert list(pushed["alpha_pattern"]) == [r"h\.0\.mlp\..*", "dense_h_to_4h"]
+
+
 def test_a_base_that_is_given_again_changes_nothing(folder, hub):
     edit(folder, revision="a" * 40)
     push(folder, base_id="tiiuae/falcon-7b")

@@ -321,6 +321,14 @@ def test_dora_holds_the_norm_constant_in_the_gradient():
         assert (found.double() - wanted).norm() <= 2**-18 * wanted.norm()
 
 
+@pytest.mark.parametrize("kind", [None, qlite.Linear4bit, qlite.Linear8bit])
+def test_an_adapted_layer_tells_dtype_and_device_and_gives_no_weight_to_multiply_by(kind):
+    layer = LoRALinear(base_of(kind, dtype=torch.bfloat16), LoRAConfig(r=2))
+    assert layer.weight.dtype == torch.bfloat16 and layer.weight.device == layer.lora_A.device
+    with pytest.raises(RuntimeError):
+        nn.functional.linear(seeded(3, 64, dtype=torch.bfloat16), layer.weight)
+
+
 def test_a_row_of_zeros_stays_zero_under_dora():
     base = nn.Linear(8, 4)
     base.weight.data[1] = 0

@@ -149,6 +149,37 @@ def test_transformers_loads_our_eight_bits(tmp_path):
         assert torch.equal(there[name].weight.SCB.flatten(), layer.absmax.flatten()), name
 
 
+def gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=61, n_embd=64, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2
+    )
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def test_gpt2_whose_layers_lie_transposed_is_loaded_with_the_same_logits(tmp_path):
+    torch.manual_seed(0)
+    ours = gpt2()
+    qlite.quantize_model(ours)
+    qlite.save_checkpoint(ours, tmp_path / "saved", layout="bitsandbytes")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    there, here = layers_of(theirs, bnb.nn.Linear4bit), layers_of(ours, qlite.Linear4bit)
+    assert there.keys() == here.keys() and len(here) == 8
+    assert all(torch.equal(layer.dequantize(), decoded(there[name])) for name, layer in here.items())
+    with pytest.raises(ValueError, match=r"layout='qlite' has no place for transformer\.h\.0\..*, an encoded Conv1D"):
+        qlite.save_checkpoint(ours, tmp_path / "ours")
+
+
+def test_dense_files_of_gpt2_are_encoded_the_right_way_round(tmp_path):
+    torch.manual_seed(0)
+    dense, other = gpt2(), gpt2()
+    dense.save_pretrained(tmp_path)
+    qlite.quantize_model(other)
+    qlite.load_checkpoint(other, tmp_path)
+    qlite.quantize_model(dense)
+    for name, layer in layers_of(dense, qlite.Linear4bit).items():
+        assert torch.equal(other.get_submodule(name).weight, layer.weight), name
+
+
 @settings(max_examples=30)
 @given(
     out_features=st.integers(1, 40),
