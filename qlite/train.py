@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import pathlib
@@ -202,6 +203,13 @@ def _trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> d
     return trained
 
 
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Returns what a model computes in: the dtype of its first weight that is not trained, or of its first."""
+    encoded = (m.dtype for m in model.modules() if isinstance(m, (QuantizedLinear, ExpertStack)))
+    dense = (p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
+    return next(itertools.chain(dense, encoded, (p.dtype for p in model.parameters())))
+
+
 def _describe(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Returns what the numbers of a run hang on beside the options of `finetune`, for JSON."""
     names = {id(p): name for name, p in model.named_parameters()}
@@ -210,7 +218,7 @@ def _describe(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, A
     lora = getattr(model, "lora_config", None)
     described: dict[str, Any] = {
         "base": getattr(model, "base_fingerprint", None),
-        "dtype": str(next(model.parameters()).dtype),
+        "dtype": str(_dtype(model)),
         "layers": dict(layers),
         "lr": [float(group["lr"]) for group in optimizer.param_groups],
     }
@@ -373,7 +381,7 @@ def finetune(
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        if next(model.parameters()).dtype == torch.float16:
+        if _dtype(model) == torch.float16:
             run.progress["loss_scale"] = FIRST_LOSS_SCALE
         try:
             if resume and folder is not None:

@@ -25,6 +25,7 @@ from tests.toys import (
     GOOD,
     OPTIMIZERS,
     PAIRS,
+    VOCABULARY,
     Toy,
     batch_of,
     bits,
@@ -416,6 +417,20 @@ def test_the_loss_scale_comes_up_from_its_least(scales, monkeypatch):
     monkeypatch.setattr(qlite.train, "FIRST_LOSS_SCALE", 2.0)
     tune(half_toy(), [*[BAD_LOSS] * 3, *GOOD * 10], steps=201)
     assert scales == [2, 1, 1, *[1] * 200, 2]
+
+
+def test_what_a_model_computes_in_is_not_the_dtype_of_codes_or_of_adapters():
+    class Encoded(Toy):  # its first parameter holds codes, and the first float one is trained
+        def __init__(self):
+            super().__init__(dtype=torch.float16)
+            self.base = nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
+            self.lm_head = qlite.Linear4bit(8, VOCABULARY, False, dtype=torch.float16).quantize_(self.lm_head.weight.detach())
+
+        def hidden_states(self, input_ids):
+            return torch.ones(*input_ids.shape, 8, dtype=torch.float16) * self.factor.half() + self.shift.half()
+
+    assert tune(Encoded(), GOOD, steps=1).facts["dtype"] == "torch.float16"
+    assert tune(Toy(), GOOD, steps=1).facts["dtype"] == "torch.float32"
 
 
 def test_a_float16_falcon_trains():
