@@ -10,7 +10,8 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import qlite
 from qlite import bnb_layout
@@ -280,3 +281,75 @@ def test_stacks_of_experts_have_no_place_yet(tmp_path):
         with pytest.raises(ValueError, match=r"no place for model\..*experts\.gate_up_proj, a stack of experts"):
             qlite.save_checkpoint(model, tmp_path / "saved", layout=layout)
     assert not any(tmp_path.iterdir())
+
+
+class Named(nn.Module):
+    """Two layers, one of whose names ends the other's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.ModuleDict({"b": nn.Linear(64, 64)}), nn.Linear(64, 64)
+        self.config = config_of()
+
+
+def test_a_dense_layer_whose_name_ends_that_of_an_encoded_one_is_refused(tmp_path):
+    model = Named()
+    model.a["b"] = qlite.Linear4bit(64, 64).quantize_(model.a["b"].weight)
+    with pytest.raises(ValueError, match=r"b is dense and a\.b is encoded; transformers leaves out both by that name"):
+        qlite.save_checkpoint(model, tmp_path / "saved", layout="bitsandbytes")
+    assert not any(tmp_path.iterdir())
+
+
+# What does not fit is refused before the model is changed.
+
+
+@pytest.fixture
+def encoded(tmp_path):
+    model = Named()
+    qlite.quantize_model(model)
+    qlite.save_checkpoint(model, tmp_path / "encoded", layout="bitsandbytes")
+    return tmp_path / "encoded"
+
+
+def state_of(model):
+    return {name: (type(model.get_submodule(name.rpartition(".")[0])), t.clone()) for name, t in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    after = state_of(model)
+    assert after.keys() == before.keys()
+    assert all(after[name][0] is kind and torch.equal(after[name][1], tensor) for name, (kind, tensor) in before.items())
+
+
+def test_a_model_that_is_encoded_otherwise_is_not_filled(encoded):
+    model = Named()
+    qlite.quantize_model(model, kind_of("fp4", True))
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"is {'format': 'nf4'.* in the files and {'format': 'fp4'.* in the model"):
+        qlite.load_checkpoint(model, encoded)
+    assert_unchanged(model, before)
+
+
+def test_a_layer_whose_weight_another_one_shares_is_not_encoded(encoded):
+    model = Named()
+    model.b.weight = model.a["b"].weight
+    before = state_of(model)
+    with pytest.raises(ValueError, match="whose weight is also"):
+        qlite.load_checkpoint(model, encoded)
+    assert_unchanged(model, before)
+
+
+def test_a_scale_that_is_not_finite_is_named(encoded):
+    file = encoded / "model.safetensors"
+    tensors = load_file(file)
+    tensors["b.weight.nested_absmax"][0] = torch.inf
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"b\.weight\.nested_absmax holds a non-finite value"):
+        qlite.load_checkpoint(Named(), encoded)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_encoded_layer_decodes_to_the_dtype_that_is_asked_for(dtype, encoded):
+    model = Named()
+    qlite.load_checkpoint(model, encoded, dtype=dtype)
+    assert {model.b.dtype, model.a["b"].dtype, model.b.dequantize().dtype} == {dtype or torch.float32}
