@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -39,6 +40,22 @@ def test_a_line_of_results_says_where_it_was_measured(path):
     assert path.stem in MODULES
     for row in rows(path.stem):
         assert row.keys() >= ENVIRONMENT and row.keys() - ENVIRONMENT
+
+
+def test_what_is_timed_as_an_instruction_is_compiled_to_it_alone():
+    # In a process of its own: this one may have Triton's interpreter.
+    script = (
+        "import json; from benchmarks.instructions import INSTRUCTIONS, compiled_for\n"
+        "print(json.dumps([[of.name, of.counted, compiled_for(90, of)] for of in INSTRUCTIONS]))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300, env=environment)
+    for name, counted, opcodes in json.loads(done.stdout):
+        links = sum(opcodes.get(opcode, 0) for opcode in counted)
+        assert links in (64, 256), (name, opcodes)  # 8 chains of 8 links, as they are or unrolled four times
+        others = sum(opcodes.values()) - links
+        assert others <= (40 if "LDS.64" in name else 24), (name, opcodes)
 
 
 def test_the_readme_has_figures():
