@@ -31,8 +31,9 @@ from benchmarks.common import (
     copy_bandwidth,
     cuda_graph_time,
     event_time,
+    keeping,
     need_gpu,
-    peers,
+    peer,
     random_bf16,
     record,
     rotation,
@@ -70,7 +71,8 @@ def e1_dequantize(note: Note) -> str:
         n, k = FALCON[name]
         for double_quant, dtype in kinds:
             weights = coded_weights(n, k, rotation(coded_bytes(n, k)), double_quant)
-            us = cuda_graph_time([functools.partial(dequantize, coded, k, dtype) for coded in weights])
+            calls = [functools.partial(dequantize, coded, k, dtype) for coded in weights]
+            us = cuda_graph_time(keeping(calls, n * k * dtype.itemsize))
             rate = (coded_bytes(n, k, double_quant) + n * k * dtype.itemsize) / us * 1e6
             found = {"shape": name, "double_quant": double_quant, "dtype": str(dtype).removeprefix("torch.")}
             found |= {"us": round(us, 1), "tb_s": round(rate / 1e12, 2)}
@@ -106,7 +108,7 @@ BITSANDBYTES_EXPECTED = {1: 42, 4: 132, 16: 135, 64: 146, 256: 170, 1024: 346, 4
 
 def e5_bitsandbytes(note: Note) -> str:
     """bitsandbytes on the same shapes, forward and input gradient, beside cuBLAS bf16 and the dequantize of its own."""
-    if peers()["bitsandbytes"] is None:
+    if peer("bitsandbytes") is None:
         return "E5: bitsandbytes is absent"
     import bitsandbytes as bnb
 
@@ -115,7 +117,8 @@ def e5_bitsandbytes(note: Note) -> str:
         dense = [random_bf16(n, k) for _ in range(rotation(coded_bytes(n, k)))]
         coded = [bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in dense]
         dense = dense[: rotation(n * k * 2)]
-        decode = cuda_graph_time([functools.partial(bnb.functional.dequantize_4bit, *pair) for pair in coded])
+        calls = [functools.partial(bnb.functional.dequantize_4bit, *pair) for pair in coded]
+        decode = cuda_graph_time(keeping(calls, 2 * n * k))
         for m in BITSANDBYTES_EXPECTED:
             x, grad = random_bf16(m, k), random_bf16(m, n)
             found = {

@@ -7,6 +7,7 @@ give the median.
 
 from __future__ import annotations
 
+import collections
 import functools
 import gc
 import importlib
@@ -129,7 +130,7 @@ def event_time(calls: Sequence[Callable[[], object]], repeats: int = 20) -> floa
     return statistics.median(_elapsed_us(lambda: next(turn)(), repeats))
 
 
-def cuda_graph_time(calls: Sequence[Callable[[], object]], replays: int = 15, target_us: float = 1500.0) -> float:
+def cuda_graph_time(calls: Sequence[Callable[[], object]], target_us: float = 1500.0) -> float:
     """Returns the time of one of `calls` in a CUDA graph that holds all of them, median of replays, in us.
 
     Args:
@@ -145,6 +146,7 @@ def cuda_graph_time(calls: Sequence[Callable[[], object]], replays: int = 15, ta
     torch.cuda.synchronize()
     once = min(_elapsed_us(_captured(calls, 1).replay, 3))
     rounds = max(1, min(round(target_us / once), -(-512 // len(calls))))
+    replays = max(5, min(15, round(30e3 / (once * rounds))))
     graph = _captured(calls, rounds)
     graph.replay()
     return statistics.median(_elapsed_us(graph.replay, replays)) / (rounds * len(calls))
@@ -158,6 +160,12 @@ def _captured(calls: Sequence[Callable[[], object]], rounds: int) -> torch.cuda.
             for call in calls:
                 call()
     return graph
+
+
+def keeping(calls: Sequence[Callable[[], object]], nbytes: int) -> list[Callable[[], object]]:
+    """Returns calls whose last results, of `nbytes` each, stay alive: what is written is rotated past the L2 cache too."""
+    kept: collections.deque[object] = collections.deque(maxlen=rotation(nbytes, least=1))
+    return [functools.partial(lambda call: kept.append(call()), call) for call in calls]
 
 
 @functools.cache
@@ -176,17 +184,14 @@ def bf16_peak() -> float:
 
 
 @functools.cache
-def peers() -> dict[str, str | None]:
-    """Returns the version of each peer that imports here, None where it does not; prints why not."""
-    found: dict[str, str | None] = {}
-    for name in PEERS:
-        try:
-            importlib.import_module(name)
-            found[name] = importlib.metadata.version(name)
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:
-            found[name] = None
-            print(f"{name}: absent ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})", flush=True)
-    return found
+def peer(name: str) -> str | None:
+    """Returns the version of one of PEERS, None where it does not import here; prints why not."""
+    try:
+        importlib.import_module(name)
+        return importlib.metadata.version(name)
+    except FAILURES as error:
+        print(f"{name}: absent: {told(error)}", flush=True)
+        return None
 
 
 def told(error: BaseException) -> str:

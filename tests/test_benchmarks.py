@@ -1,19 +1,31 @@
-"""The benchmarks start, and a figure in the README is one that a benchmark printed."""
+"""The benchmarks start, a figure in the README is one that a benchmark printed, and what they compute without a GPU is right:
+floors, the parity that comes before a number, rotation, the picture."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import types
+import weakref
 
 import pytest
+import torch
+
+import qlite
+from benchmarks import chip, common, instructions, linear_int8, linear_nf4, nf4_codec, roof_plot
+from qlite import nf4, ops
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))
-MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in ("__init__", "common"))
+FILES = sorted((ROOT / "benchmarks").glob("*.py"))
+MODULES = [path.stem for path in FILES if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")]
+UP = (18176, 4544)
+WEIGHTS = 18176 * 4544
 ENVIRONMENT = {"device", "torch", "triton", "commit"}
 
 
@@ -70,3 +82,197 @@ def test_a_figure_of_the_readme_is_in_the_newest_line_of_its_results(shown, name
     assert number is not None, shown
     value = float(row[key]) * (100 if f"{number[0]} %" in shown else 1)
     assert float(number[0].replace(",", "")) == round(value, len(number[1] or ""))
+
+
+# What the kernels' benchmarks compute without a GPU.
+
+
+def test_benchmarks_are_of_a_readable_size():
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path.name
+
+
+# Floors.
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(4, 64), (3, 129), (300, 128)])
+def test_the_bytes_of_a_coded_weight_are_those_of_its_tensors(shape, double_quant):
+    q = qlite.quantize_nf4(torch.randn(shape), double_quant=double_quant)
+    parts = [part for part in (q.codes, q.absmax, q.absmax_scale, q.absmax_offset) if part is not None]
+    assert common.coded_bytes(*shape, double_quant) == sum(part.numel() * part.element_size() for part in parts)
+
+
+def test_a_row_is_bound_by_memory_and_a_thousand_by_arithmetic():
+    one = linear_nf4.floor_us(1, *UP, bandwidth=4e12, peak=8e14)
+    bytes_moved = WEIGHTS / 2 + WEIGHTS / 64 + 4 * WEIGHTS / 64 / 256 + 4 + 2 * (18176 + 4544)
+    assert one == pytest.approx(bytes_moved / 4e12 * 1e6, rel=1e-6)
+    assert linear_nf4.floor_us(1024, *UP, bandwidth=4e12, peak=8e14) == pytest.approx(2 * 1024 * WEIGHTS / 8e14 * 1e6)
+    assert linear_nf4.floor_us(1024, *UP, bandwidth=1e10, peak=8e14) > 4000  # and by memory again where that is slow
+
+
+def test_a_codec_is_bound_by_its_bytes():
+    with_double = nf4_codec.floor_us(*UP, True, 2, bandwidth=4e12)
+    assert with_double == pytest.approx((2.5 + 1 / 64 + 1 / 4096) * WEIGHTS / 4e12 * 1e6, rel=1e-6)
+    without = nf4_codec.floor_us(*UP, False, 4, bandwidth=4e12)
+    assert without == pytest.approx((4.5 + 4 / 64) * WEIGHTS / 4e12 * 1e6, rel=1e-6)
+
+
+def test_an_int8_layer_is_bound_by_its_bytes_and_then_by_arithmetic():
+    one = linear_int8.floor_us(1, *UP, bandwidth=4e12, peak=1.5e15)
+    assert one == pytest.approx((WEIGHTS + 4 * 18176 + 2 * (18176 + 4544)) / 4e12 * 1e6)
+    assert linear_int8.floor_us(4096, *UP, bandwidth=4e12, peak=1.5e15) == pytest.approx(2 * 4096 * WEIGHTS / 1.5e15 * 1e6)
+
+
+@pytest.mark.parametrize("nbytes", [1, 2**20, 10 * 2**20, 42 * 2**20, 500 * 2**20])
+def test_a_rotation_passes_the_cache_before_a_buffer_comes_round(nbytes):
+    count = common.rotation(nbytes)
+    assert count >= 4
+    assert (count - 1) * nbytes >= common.PAST_L2
+
+
+def test_results_that_are_kept_are_as_many_as_pass_the_cache():
+    made: list[weakref.ref] = []
+
+    def call() -> torch.Tensor:
+        result = torch.empty(1)
+        made.append(weakref.ref(result))
+        return result
+
+    for kept in common.keeping([call] * 9, 50 * 2**20):
+        kept()
+    assert [reference() is not None for reference in made] == [False] * 6 + [True] * 3
+
+
+# Parity before a number.
+
+
+def measured(monkeypatch, factor: float) -> dict:
+    """The line of a layer whose result is `factor` times the right one."""
+    monkeypatch.setattr(linear_nf4, "cuda_graph_time", lambda calls: 7.0)
+    x, weight = torch.randn(8, 64), torch.randn(32, 64)
+    calls = {"qlite": [lambda x: (x @ weight.T * factor).bfloat16()], "cublas": [lambda x: x @ weight.T]}
+    expected = x.double() @ weight.double().T
+    layer = types.SimpleNamespace(
+        x=x, model="m", name="l", direction="forward", shape=(32, 64), calls=calls, expected=expected
+    )  # fmt: skip
+    return linear_nf4.Layer.measure(layer, 4, 4e12, 8e14)
+
+
+def test_a_layer_that_is_right_is_timed(monkeypatch):
+    line = measured(monkeypatch, 1.0)
+    assert line["correct"] and line["qlite_us"] == line["cublas_us"] == 7.0
+    assert line["error"] < linear_nf4.MOST_ERROR
+
+
+def test_a_layer_that_is_one_percent_off_gets_no_number(monkeypatch):
+    line = measured(monkeypatch, 1.01)
+    assert not line["correct"] and line["qlite_us"] is None and line["cublas_us"] == 7.0
+    assert "RED" in linear_nf4.shown([line])
+
+
+@pytest.mark.parametrize("dtype", nf4_codec.DTYPES)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_codec_is_held_against_the_reference_bit_for_bit(monkeypatch, dtype, double_quant):
+    q = qlite.quantize_nf4(torch.randn(320, 128), double_quant=double_quant)
+    coded = (q.codes, q.absmax, q.absmax_scale, q.absmax_offset, q.levels)
+    assert nf4_codec.decodes_exactly(coded, 128, dtype)
+    right = nf4_codec.decode(coded, 128, dtype)
+    right[255, 127] = torch.nextafter(right[255, 127], right.new_tensor(9.0))
+    monkeypatch.setattr(nf4_codec, "decode", lambda *arguments: right)
+    assert not nf4_codec.decodes_exactly(coded, 128, dtype)
+
+
+def test_an_encoder_that_takes_the_wrong_level_is_seen(monkeypatch):
+    weight, levels = torch.randn(16, 128).bfloat16(), ops.levels_tensor(nf4.NF4_LEVELS, "cpu")
+    assert nf4_codec.encodes_well(weight, levels, False)
+    codes, *rest = nf4_codec.encode(weight, levels, False)
+    codes[3, 5] ^= 0x20  # two levels further
+    monkeypatch.setattr(nf4_codec, "encode", lambda *arguments: (codes, *rest))
+    assert not nf4_codec.encodes_well(weight, levels, False)
+
+
+def test_an_int8_product_is_known_by_what_x_was_for_it():
+    x, weight = torch.randn(16, 256).bfloat16(), torch.randn(256, 8).double()
+    assert linear_int8.errors(x.double() @ weight, x, weight) == (0.0, "bf16")
+    error, kind = linear_int8.errors(linear_int8.rounded_rows(x) @ weight, x, weight)
+    assert (error, kind) == (0.0, "int8")
+    assert linear_int8.errors((x.double() @ weight) * 1.01, x, weight)[0] > linear_int8.MOST_ERROR
+
+
+# The experiments of the chip.
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_panel_decodes_to_its_rows_of_the_whole(double_quant):
+    q = qlite.quantize_nf4(torch.randn(700, 192), double_quant=double_quant)
+    coded = (q.codes, q.absmax, q.absmax_scale, q.absmax_offset, q.levels)
+    whole = chip.dequantize(coded, 192)
+    assert torch.equal(chip.dequantize(chip.rows_of(coded, 256, 600), 192), whole[256:600])
+
+
+def test_a_panel_that_begins_inside_a_group_is_refused():
+    q = qlite.quantize_nf4(torch.randn(700, 192))
+    with pytest.raises(ValueError, match="inside a group"):
+        chip.rows_of((q.codes, q.absmax, q.absmax_scale, q.absmax_offset, q.levels), 100, 600)
+
+
+@pytest.mark.parametrize("of", [of for of in instructions.INSTRUCTIONS if of.words], ids=lambda of: of.name)
+def test_a_chain_through_a_table_stays_in_it_and_conflicts_as_it_says(of):
+    following, starts = instructions.places(of, torch.Generator().manual_seed(0))
+    assert following.shape == (of.words,)
+    assert starts.shape == (instructions.THREADS,)
+    table = dict(enumerate(following.tolist()))
+    visited = set(itertools.islice(cycle(table, starts[0].item()), of.words))
+    if "no conflict" in of.name:
+        assert visited == {starts[0].item()}
+        assert len(set((starts[:32] // 4).tolist())) == 32
+    else:
+        assert visited == {4 * i for i in range(of.words)}
+
+
+def cycle(table: dict[int, int], at: int):
+    while True:
+        yield at
+        at = table[at // 4]
+
+
+# The picture.
+
+
+def synthetic(device: str, scale: float = 1.0) -> list[dict]:
+    rows = []
+    for direction in ("forward", "gradient"):
+        for count in (1, 16, 256, 4096):
+            line = {"model": "falcon7b", "layer": "dense", "direction": direction, "rows": count, "device": device}
+            line |= {"out_features": 4544, "in_features": 4544, "floor_us": 10.0, "qlite_us": 15.0 * scale, "cublas_us": 40.0}
+            rows.append(line | ({"gemlite_int4_us": 29.0} if count == 16 else {"bitsandbytes_us": None}))
+    return rows
+
+
+def test_the_newest_line_of_the_newest_device_is_drawn():
+    rows = [*synthetic("old"), *synthetic("new"), *synthetic("new", 2.0), {"device": "new", "direction": "lora", "rows": 512}]
+    panels = roof_plot.panels(rows)
+    assert set(panels) == {("falcon7b", "dense", "forward"), ("falcon7b", "dense", "gradient")}
+    lines = panels["falcon7b", "dense", "forward"]
+    assert roof_plot.ratios(lines, "qlite_us") == ([1, 16, 256, 4096], [3.0] * 4)
+    assert roof_plot.ratios(lines, "gemlite_int4_us") == ([16], [2.9])
+    assert roof_plot.ratios(lines, "bitsandbytes_us") == ([], [])
+    old = roof_plot.panels(rows, "old")["falcon7b", "dense", "forward"]
+    assert roof_plot.ratios(old, "qlite_us")[1] == [1.5] * 4
+
+
+def test_nothing_to_draw_is_an_error():
+    with pytest.raises(ValueError, match="no line"):
+        roof_plot.panels([{"device": "x", "rows": 1}])
+    with pytest.raises(ValueError, match="there are"):
+        roof_plot.panels(synthetic("x"), "y")
+
+
+def test_the_picture_is_drawn_without_a_gpu(tmp_path):
+    results, picture = tmp_path / "linear_nf4.jsonl", tmp_path / "linear.png"
+    results.write_text("\n".join(map(json.dumps, synthetic("NVIDIA H200"))))
+    command = [sys.executable, "-m", "benchmarks.linear_nf4", "--plot", str(picture), "--plot-only", "--results", str(results)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 20_000
