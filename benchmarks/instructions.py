@@ -74,7 +74,7 @@ INSTRUCTIONS = (
     ),
     Instruction("LDS.32, 256 words at random", 9.4, ("LDS",), (LDS,), words=256, shared=True),
     Instruction(
-        "LDG, 16 words at random", 32, ("LDG",), ("mov.b64 {u}, {{{a}, %high}}; ld.global.ca.b32 {a}, [{u}];",), words=16
+        "LDG, 16 words at random", 32, ("LDG",), ("mov.b64 {u}, {{{a}, %high}}; ld.global.b32 {a}, [{u}];",), words=16
     ),
     Instruction("PRMT + LOP3", 64, ("PRMT", "LOP3"), (PRMT, "lop3.b32 {a}, {a}, %b, %c, 0x2D;")),
     Instruction("PRMT + IMAD", 128, ("PRMT", "IMAD"), (PRMT, IMAD)),

@@ -225,7 +225,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lora", action="store_true", help="LoRA on a 4-bit layer, and nothing else")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--plot", type=pathlib.Path, metavar="PNG")
-    parser.add_argument("--plot-only", action="store_true", help="draw the results that are there; needs no GPU")
+    parser.add_argument("--plot-only", action="store_true", help="draw the results of --shapes that are there; needs no GPU")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS / "linear_nf4.jsonl", help="what to draw")
     parser.add_argument("--device", help="whose results to draw; that of the last line, if not given")
     parser.add_argument("--anchor-seconds", type=float, default=60, help="most seconds for each other library's int4 layer")
@@ -281,7 +281,8 @@ def main() -> None:
         else:
             correct = measure(options, note)
     if options.plot:
-        roof_plot.draw(map(json.loads, options.results.read_text().splitlines()), options.plot, options.device)
+        lines = map(json.loads, options.results.read_text().splitlines())
+        roof_plot.draw([line for line in lines if line["model"] in options.shapes], options.plot, options.device)
     if not correct:
         raise SystemExit("some results are wrong: RED above")
 
