@@ -125,11 +125,10 @@ def e5_bitsandbytes(note: Note) -> str:
                 "bitsandbytes_us": cuda_graph_time([functools.partial(bnb.matmul_4bit, x, *pair) for pair in coded]),
                 "cublas_us": cuda_graph_time([functools.partial(torch.mm, x, w.T) for w in dense]),
             }
-            if m >= 256:
-                # As the backward of its autograd function does it.
-                calls = [lambda p=pair, g=grad: g @ bnb.functional.dequantize_4bit(*p) for pair in coded]
-                found["bitsandbytes_gradient_us"] = cuda_graph_time(calls)
-                found["cublas_gradient_us"] = cuda_graph_time([functools.partial(torch.mm, grad, w) for w in dense])
+            # As the backward of its autograd function does it.
+            calls = [lambda p=pair, g=grad: g @ bnb.functional.dequantize_4bit(*p) for pair in coded]
+            found["bitsandbytes_gradient_us"] = cuda_graph_time(calls)
+            found["cublas_gradient_us"] = cuda_graph_time([functools.partial(torch.mm, grad, w) for w in dense])
             found = {key: round(value, 1) for key, value in found.items()}
             expected = BITSANDBYTES_EXPECTED[m] if (n, k) == UP else None
             found["dequantize_us"] = round(decode, 1)

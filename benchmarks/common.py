@@ -137,7 +137,7 @@ def cuda_graph_time(calls: Sequence[Callable[[], object]], target_us: float = 15
         calls: each a launch on buffers of its own: together they must pass the L2 cache (see `rotation`).
         target_us: the calls are captured as often as it takes for a replay of about this length.
     """
-    stream = torch.cuda.Stream()
+    stream = _timing_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
@@ -152,10 +152,16 @@ def cuda_graph_time(calls: Sequence[Callable[[], object]], target_us: float = 15
     return statistics.median(_elapsed_us(graph.replay, replays)) / (rounds * len(calls))
 
 
+@functools.cache
+def _timing_stream() -> torch.cuda.Stream:
+    """Returns the stream on which calls are made once and then captured: what they keep for a stream is there by then."""
+    return torch.cuda.Stream()
+
+
 def _captured(calls: Sequence[Callable[[], object]], rounds: int) -> torch.cuda.CUDAGraph:
     """Returns a CUDA graph of all calls, `rounds` times."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=_timing_stream()):
         for _ in range(rounds):
             for call in calls:
                 call()
