@@ -114,7 +114,7 @@ _CODED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offs
 
 
 def _quantize_nf4_cuda(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return _kernels(weight.device).quantize(weight, *nf4.decision_table(levels), block_size)
+    return _kernels(weight.device).quantize(weight, levels, block_size)
 
 
 def _quantize_nf4_fake(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

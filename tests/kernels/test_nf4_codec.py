@@ -24,7 +24,7 @@ def encoded(w, levels, block_size, double_quant):
 @given(weights(), block_sizes, tables)
 def test_quantize_equals_the_reference(w, block_size, levels):
     w, levels = w.to(DEVICE), torch.tensor(levels, device=DEVICE)
-    codes, absmax = nf4_codec.quantize(w, *nf4.decision_table(levels), block_size)
+    codes, absmax = nf4_codec.quantize(w, levels, block_size)
     expected_codes, expected_absmax = nf4.quantize(w, levels, block_size)
     assert torch.equal(codes, expected_codes) and torch.equal(absmax, expected_absmax)
 
@@ -44,7 +44,7 @@ def test_a_flat_tensor_is_one_long_row(shape, double_quant):
     parts = [None if part is None else part.to(DEVICE) for part in (q.codes, q.absmax, q.absmax_scale, q.absmax_offset)]
     decoded = nf4_codec.dequantize(*parts, levels.to(DEVICE), w.numel(), 64, torch.float32)
     assert torch.equal(decoded.cpu().view(shape), q.dequantize())
-    codes, _ = nf4_codec.quantize(w.to(DEVICE).view(1, -1), *nf4.decision_table(levels.to(DEVICE)), 64)
+    codes, _ = nf4_codec.quantize(w.to(DEVICE).view(1, -1), levels.to(DEVICE), 64)
     assert torch.equal(codes.cpu(), q.codes)
 
 
@@ -52,7 +52,7 @@ def test_a_flat_tensor_is_one_long_row(shape, double_quant):
 def test_every_block_size_has_a_kernel(block_size):
     w = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     levels = torch.tensor(NF4_LEVELS, device=DEVICE)
-    codes, absmax = nf4_codec.quantize(w, *nf4.decision_table(levels), block_size)
+    codes, absmax = nf4_codec.quantize(w, levels, block_size)
     expected = nf4.quantize(w, levels, block_size)
     assert torch.equal(codes, expected[0]) and torch.equal(absmax, expected[1])
     arguments = (codes, absmax, None, None, levels, 5000, block_size, torch.float32)
@@ -79,7 +79,7 @@ def test_every_tie_and_its_neighbours_are_decided_as_in_the_reference():
     midpoints = (levels[1:] + levels[:-1]) / 2
     around = [torch.nextafter(midpoints, torch.full((15,), -9.0)), midpoints, torch.nextafter(midpoints, torch.ones(15))]
     w = torch.cat((*around, torch.ones(1))).view(1, -1).to(DEVICE)
-    codes, _ = nf4_codec.quantize(w, *nf4.decision_table(levels.to(DEVICE)), 64)
+    codes, _ = nf4_codec.quantize(w, levels.to(DEVICE), 64)
     assert torch.equal(codes, nf4.quantize(w, levels.to(DEVICE), 64)[0])
     assert nf4.unpack(codes)[0].tolist() == [*range(15), *range(15), *range(1, 16), 15]
 
@@ -90,7 +90,7 @@ def test_nothing_is_written_beyond_the_output():
     buffer[:, 10:107] = torch.randn(4, 97, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     levels = torch.tensor(NF4_LEVELS, device=DEVICE)
     w = buffer[:, 10:107]
-    codes, absmax = nf4_codec.quantize(w, *nf4.decision_table(levels), 32)
+    codes, absmax = nf4_codec.quantize(w, levels, 32)
     expected = nf4.quantize(w.contiguous(), levels, 32)
     assert torch.equal(codes, expected[0]) and torch.equal(absmax, expected[1])
     assert bool(torch.isfinite(absmax).all())
@@ -106,5 +106,5 @@ def test_more_than_two_to_the_31_weights_decode_at_the_right_place():
     for row in (0, rows // 2, rows - 1):
         part = (codes[row : row + 1], absmax[row : row + 1], None, None, levels, columns, 64, torch.bfloat16)
         assert torch.equal(out[row : row + 1], nf4.dequantize(*part))
-    again, _ = nf4_codec.quantize(out, *nf4.decision_table(levels), 64)
+    again, _ = nf4_codec.quantize(out, levels, 64)
     assert torch.equal(again[-1:], nf4.quantize(out[-1:], levels, 64)[0])
