@@ -59,7 +59,7 @@ def _scattered(TILE: tl.constexpr):
     It would give a thread four consecutive chunks, so as to load 16 bytes of codes at once; then a warp's stores would be
     64 bytes apart, or go through shared memory. A program's number is not negative, so the exclusive or costs nothing.
     """
-    return tl.arange(0, TILE) ^ (tl.program_id(0) >> 31)
+    return (tl.arange(0, TILE) ^ (tl.program_id(0) >> 31)).to(tl.uint32)
 
 
 @triton.jit
@@ -132,14 +132,14 @@ def _quantize_kernel(
     chunk = _scattered(TILE)
     eight = tl.arange(0, 8)
     start = tl.program_id(0).to(tl.int64) * BLOCKS
-    mask = chunk // CHUNKS < tl.minimum(blocks - start, BLOCKS).to(tl.int32)
+    mask = chunk // CHUNKS < tl.minimum(blocks - start, BLOCKS).to(tl.uint32)
     if WHOLE:
         value = tl.load(weight_ptr + start * BLOCK + (chunk[:, None] * 8 + eight[None, :]), mask=mask[:, None], other=0.0)
     else:
-        block = (start % blocks_a_row).to(tl.int32) + chunk // CHUNKS
-        row = (block.to(tl.uint32) // blocks_a_row.to(tl.uint32)).to(tl.int32)
-        first = (block - row * blocks_a_row).to(tl.int64) * BLOCK + (chunk % CHUNKS) * 8
-        row = start // blocks_a_row + row
+        block = (start % blocks_a_row).to(tl.uint32) + chunk // CHUNKS
+        row = block // blocks_a_row.to(tl.uint32)
+        first = (block - row * blocks_a_row.to(tl.uint32)).to(tl.int64) * BLOCK + (chunk % CHUNKS) * 8
+        row += start // blocks_a_row
         column = first[:, None] + eight[None, :]
         at = weight_ptr + row[:, None] * row_stride + column * column_stride
         value = tl.load(at, mask=mask[:, None] & (column < columns), other=0.0)
@@ -207,8 +207,7 @@ def _absmax_quantize_kernel(
     share = value * tl.math.div_rn(1.0, tl.maximum(scale, smallest))[:, None]
     code = tl.zeros([GROUPS, ABSMAX_BLOCK], dtype=tl.int32)
     for bit in tl.static_range(8):
-        half: tl.constexpr = 128 >> bit
-        code += tl.where(share > tl.load(midpoints_ptr + code + (half - 1)), half, 0)
+        code += tl.where(share > tl.load(midpoints_ptr + code + ((128 >> bit) - 1)), 128 >> bit, 0)
     tl.store(codes_ptr + index, code.to(tl.uint8), mask=mask)
     tl.store(scale_ptr + group, scale, mask=group * ABSMAX_BLOCK < count)
     if tl.program_id(0) == 0:
@@ -224,41 +223,41 @@ def _dequantize_kernel(
 ):  # fmt: skip
     # CHUNK weights, of one row and one block, go together. Chunks are numbered along the rows of the output.
     # FLAT_CODES: the codes run on from row to row without a gap, and so do the blocks. FLAT_OUT: so do both and the output.
+    # What a scalar can hold stays 64 bits wide, what differs between threads 32, and unsigned: its divisions are shifts.
     CHUNKS: tl.constexpr = BLOCK // CHUNK
     chunk = _scattered(TILE)
     start = tl.program_id(0).to(tl.int64) * TILE
-    mask = chunk < tl.minimum(chunks - start, TILE).to(tl.int32)
+    mask = chunk < tl.minimum(chunks - start, TILE).to(tl.uint32)
     if FLAT_OUT:
         at = out_ptr + start * CHUNK + chunk * CHUNK
     else:
         above = start // chunks_a_row
-        column = (start - above * chunks_a_row).to(tl.int32) + chunk
-        row = (column.to(tl.uint32) // chunks_a_row.to(tl.uint32)).to(tl.int32)
-        column -= row * chunks_a_row
+        column = (start - above * chunks_a_row).to(tl.uint32) + chunk
+        row = column // chunks_a_row.to(tl.uint32)
+        column -= row * chunks_a_row.to(tl.uint32)
         at = out_ptr + (above + row) * out_stride + column * CHUNK
-    # What a scalar can hold stays 64 bits wide, what differs between threads 32.
     if FLAT_CODES:
         start += first_row * chunks_a_row.to(tl.int64)
-        first_byte, byte = start * CHUNK // 2, ((start * CHUNK % 2).to(tl.int32) + chunk * CHUNK) // 2
-        first_block, block = start // CHUNKS, ((start % CHUNKS).to(tl.int32) + chunk) // CHUNKS
-        parity = ((start % 2).to(tl.int32) + chunk) & 1
+        block = ((start % CHUNKS).to(tl.uint32) + chunk) // CHUNKS
+        first_block = start // CHUNKS
+        position = (start % 2).to(tl.uint32) + chunk if CHUNK == 1 else chunk
+        first_byte = start // 2 if CHUNK == 1 else start * (CHUNK // 2)
     else:
         above += first_row
-        first_byte, byte = above * bytes_a_row, row * bytes_a_row + column * CHUNK // 2
-        first_block, block = above * blocks_a_row, row * blocks_a_row + column // CHUNKS
-        parity = column & 1
-    if CHUNK >= 4:
-        words_ptr = (codes_ptr + first_byte).to(tl.pointer_type(tl.int32 if CHUNK == 8 else tl.int16), bitcast=True)
-        word = tl.load(words_ptr + byte // (CHUNK // 2), mask=mask, other=0)
-    else:
-        word = tl.load(codes_ptr + first_byte + byte, mask=mask, other=0)
+        block = row * blocks_a_row + column // CHUNKS
+        first_block = above * blocks_a_row
+        position = row * (bytes_a_row * 2 // CHUNK) + column
+        first_byte = above * bytes_a_row
+    word_type: tl.constexpr = tl.int32 if CHUNK == 8 else (tl.int16 if CHUNK == 4 else tl.uint8)
+    words_ptr = (codes_ptr + first_byte).to(tl.pointer_type(word_type), bitcast=True)
+    word = tl.load(words_ptr + (position // 2 if CHUNK == 1 else position), mask=mask, other=0)
     absmax = tl.load(absmax_ptr + first_block + block, mask=mask, other=0)
     if DOUBLE_QUANT:
-        group = ((first_block % ABSMAX_BLOCK).to(tl.int32) + block) // ABSMAX_BLOCK
+        group = ((first_block % ABSMAX_BLOCK).to(tl.uint32) + block) // ABSMAX_BLOCK
         scale = tl.load(scale_ptr + first_block // ABSMAX_BLOCK + group, mask=mask, other=0.0)
         absmax = tl.load(dynamic_ptr + absmax.to(tl.int32)) * scale + tl.load(offset_ptr)
     each = tl.arange(0, CHUNK)[None, :]
-    code = word.to(tl.int32)[:, None] >> (4 * ((parity[:, None] if CHUNK == 1 else each) ^ 1))
+    code = word.to(tl.int32)[:, None] >> (4 * (((position & 1)[:, None] if CHUNK == 1 else each) ^ 1))
     value = tl.load(levels_ptr + (code & 15)) * absmax[:, None]
     if ROUND_BFLOAT16:
         value = _to_bfloat16_bits(value)
@@ -276,7 +275,7 @@ def quantize(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     absmax = torch.empty((rows, blocks_a_row), dtype=torch.float32, device=weight.device)
     if blocks:
         table = torch.empty(TABLE.value, dtype=torch.int32, device=weight.device)
-        _decision_kernel[(1,)](levels, table, num_warps=1, enable_fp_fusion=False)
+        _decision_kernel[(1,)](levels, table, num_warps=8, enable_fp_fusion=False)
         _quantize_kernel[(triton.cdiv(blocks * block_size, 8 * TILE),)](
             weight, table, codes, absmax,
             columns, weight.stride(0), weight.stride(1), blocks_a_row, blocks, SMALLEST_DIVISOR,
@@ -302,7 +301,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sums = torch.empty(parts, dtype=torch.float64, device=device)
     midpoints = torch.empty(256, dtype=torch.float32, device=device)
     _absmax_sum_kernel[(parts,)](
-        absmax, sums, dynamic_levels_on(device, signed=True), midpoints, count, triton.cdiv(count, parts), TILE=1024
+        absmax, sums, dynamic_levels_on(device, signed=True), midpoints, count, triton.cdiv(count, parts), TILE=1024,
+        enable_fp_fusion=False,
     )
     _absmax_quantize_kernel[(triton.cdiv(groups, 8),)](
         absmax, sums, midpoints, codes, scale, offset, count, parts, SMALLEST_DIVISOR,
