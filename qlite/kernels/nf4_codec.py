@@ -286,10 +286,8 @@ def quantize(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns `(codes, scale, offset)` of contiguous float32 absmax; see nf4.quantize_absmax.
-
-    Sums of float64 are exact, in any order, for 2^24 values of float32 within a factor of 2^5 of each other.
-    """
+    """Returns `(codes, scale, offset)` of float32 absmax; see nf4.quantize_absmax."""
+    absmax = absmax.contiguous()
     count, device = absmax.numel(), absmax.device
     groups = triton.cdiv(count, ABSMAX_BLOCK)
     codes = torch.empty(absmax.shape, dtype=torch.uint8, device=device)
@@ -301,7 +299,13 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sums = torch.empty(parts, dtype=torch.float64, device=device)
     midpoints = torch.empty(256, dtype=torch.float32, device=device)
     _absmax_sum_kernel[(parts,)](
-        absmax, sums, dynamic_levels_on(device, signed=True), midpoints, count, triton.cdiv(count, parts), TILE=1024,
+        absmax,
+        sums,
+        dynamic_levels_on(device, signed=True),
+        midpoints,
+        count,
+        triton.cdiv(count, parts),
+        TILE=1024,
         enable_fp_fusion=False,
     )
     _absmax_quantize_kernel[(triton.cdiv(groups, 8),)](
@@ -324,7 +328,7 @@ def dequantize(
     out: Tensor | None = None,
     first_row: int = 0,
 ) -> Tensor:
-    """Returns decoded rows in float32, float16 or bfloat16, of contiguous parts; see nf4.dequantize.
+    """Returns decoded rows in float32, float16 or bfloat16; see nf4.dequantize.
 
     Args:
         in_features: weights that a row of codes holds.
@@ -337,9 +341,10 @@ def dequantize(
     rows, columns = out.shape
     assert out.dtype == dtype and (out.stride(1) == 1 or columns < 2)
     assert columns == in_features or codes.shape[0] == 1
-    assert 0 <= first_row and (first_row + rows) * columns <= codes.shape[0] * in_features
+    assert first_row >= 0 and (first_row + rows) * columns <= codes.shape[0] * in_features
     if not out.numel():
         return out
+    codes, absmax = codes.contiguous(), absmax.contiguous()
     # Of 8 weights or 16 bytes of output, or as many as divide a row (and the address of the codes allows).
     chunk = 8 if out.element_size() == 2 else 4
     while columns % chunk or codes.data_ptr() % max(1, chunk // 2):
