@@ -53,6 +53,12 @@ def _to_bfloat16_bits(value):
 
 
 @triton.jit
+def _reciprocal(absmax, smallest):
+    """Returns dynamic8.reciprocal: the interpreter of Triton 3.6 holds a `smallest` of 1e-38 in float64."""
+    return tl.math.div_rn(1.0, tl.maximum(absmax, smallest).to(tl.float32))
+
+
+@triton.jit
 def _scattered(TILE: tl.constexpr):
     """Returns 0 .. TILE - 1, and hides from Triton that they are consecutive.
 
@@ -147,7 +153,7 @@ def _quantize_kernel(
     absmax = tl.max(tl.reshape(tl.max(tl.abs(value), axis=1), [BLOCKS, CHUNKS]), axis=1)
     absmax = tl.reshape(tl.broadcast_to(absmax[:, None], [BLOCKS, CHUNKS]), [TILE])
     tl.store(absmax_ptr + start + chunk // CHUNKS, absmax, mask=mask & (chunk % CHUNKS == 0))
-    share = value * tl.math.div_rn(1.0, tl.maximum(absmax, smallest))[:, None]
+    share = value * _reciprocal(absmax, smallest)[:, None]
     if WORDS:
         if SHUFFLE:
             if tl.load(table_ptr + SIMPLE) != 0:
@@ -204,7 +210,7 @@ def _absmax_quantize_kernel(
     mask = index < count
     value = tl.where(mask, tl.load(absmax_ptr + index, mask=mask, other=0.0) - offset, 0.0)
     scale = tl.max(tl.abs(value), axis=1)
-    share = value * tl.math.div_rn(1.0, tl.maximum(scale, smallest))[:, None]
+    share = value * _reciprocal(scale, smallest)[:, None]
     code = tl.zeros([GROUPS, ABSMAX_BLOCK], dtype=tl.int32)
     for bit in tl.static_range(8):
         code += tl.where(share > tl.load(midpoints_ptr + code + ((128 >> bit) - 1)), 128 >> bit, 0)
