@@ -187,9 +187,11 @@ def _absmax_sum_kernel(absmax_ptr, sums_ptr, dynamic_ptr, midpoints_ptr, count, 
     index = tl.arange(0, TILE)
     start = tl.program_id(0).to(tl.int64) * share
     total = tl.zeros([TILE], dtype=tl.float64)
-    for first in range(0, share, TILE):
+    first = 0
+    while first < share:  # the interpreter of Triton 3.6 takes no range of an argument
         mask = (first + index < share) & (start + first + index < count)
         total += tl.load(absmax_ptr + start + first + index, mask=mask, other=0.0).to(tl.float64)
+        first += TILE
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total, axis=0))
     if tl.program_id(0) == 0:
         code = tl.arange(0, 256)
