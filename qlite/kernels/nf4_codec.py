@@ -32,10 +32,16 @@ PARTS = 256
 ORDER, THRESHOLD, BELOW, SIMPLE, TABLE = (tl.constexpr(place) for place in (16, 32, 64, 96, 97))
 
 
-# Each thread of a warp holds the entry of a 32-entry table that its number in the warp names.
-_ENTRY = tl.constexpr(
-    "{.reg .u32 t; .reg .u64 p; mov.u32 t, %laneid; mul.wide.u32 p, t, 4; add.u64 p, p, $1; ld.global.b32 $0, [p];}"
+# Each thread of a warp holds the entry of a table (of 32 or 16) that its number in the warp names, for shfl to fetch.
+_ENTRY, _ENTRY_OF_16 = (
+    tl.constexpr(
+        f"{{.reg .u32 t; .reg .u64 p; mov.u32 t, %laneid; and.b32 t, t, {last}; mul.wide.u32 p, t, 4; add.u64 p, p, $1; "
+        "ld.global.b32 $0, [p];}"
+    )
+    for last in (31, 15)
 )
+# Of the number $2 shfl reads the lowest four bits (16: the threads are two groups of 16).
+_FETCH_OF_16 = tl.constexpr(f"shfl.sync.idx.b32 $0, $1, $2, {16 << 8 | 31}, -1;")
 # $4: the cell of the share $3, of which shfl reads the lowest five bits; $1 the threshold of this thread's cell, $2 the
 # midpoints below it. A share above the threshold counts one more.
 _RANK = tl.constexpr(
@@ -160,9 +166,8 @@ def _quantize_kernel(
                 threshold = tl.inline_asm_elementwise(_ENTRY, "=r,l", [table_ptr + THRESHOLD], tl.float32, False, 1)
                 below = tl.inline_asm_elementwise(_ENTRY, "=r,l", [table_ptr + BELOW], tl.int32, False, 1)
                 threshold, below = tl.broadcast_to(threshold, share.shape), tl.broadcast_to(below, share.shape)
-                code = tl.inline_asm_elementwise(
-                    _RANK, "=&r,r,r,r,r", [threshold, below, share, _cell(share)], tl.int32, True, 1
-                )
+                inputs = [threshold, below, share, _cell(share)]
+                code = tl.inline_asm_elementwise(_RANK, "=&r,r,r,r,r", inputs, tl.int32, False, 1)
                 word = _joined(code, 8)
             else:
                 word = _joined(_codes_of(share, table_ptr), 8)
@@ -227,7 +232,7 @@ def _dequantize_kernel(
     codes_ptr, absmax_ptr, scale_ptr, offset_ptr, dynamic_ptr, levels_ptr, out_ptr,
     first_row, chunks_a_row, chunks, bytes_a_row, blocks_a_row, out_stride,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, FLAT_CODES: tl.constexpr, FLAT_OUT: tl.constexpr,
-    DOUBLE_QUANT: tl.constexpr, ABSMAX_BLOCK: tl.constexpr, ROUND_BFLOAT16: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr, ABSMAX_BLOCK: tl.constexpr, SHUFFLE: tl.constexpr, ROUND_BFLOAT16: tl.constexpr,
 ):  # fmt: skip
     # CHUNK weights, of one row and one block, go together. Chunks are numbered along the rows of the output.
     # FLAT_CODES: the codes run on from row to row without a gap, and so do the blocks. FLAT_OUT: so do both and the output.
@@ -266,7 +271,13 @@ def _dequantize_kernel(
         absmax = tl.load(dynamic_ptr + absmax.to(tl.int32)) * scale + tl.load(offset_ptr)
     each = tl.arange(0, CHUNK)[None, :]
     code = word.to(tl.int32)[:, None] >> (4 * (((position & 1)[:, None] if CHUNK == 1 else each) ^ 1))
-    value = tl.load(levels_ptr + (code & 15)) * absmax[:, None]
+    if SHUFFLE:
+        level = tl.inline_asm_elementwise(_ENTRY_OF_16, "=r,l", [levels_ptr], tl.float32, False, 1)
+        level = tl.broadcast_to(level, code.shape)
+        value = tl.inline_asm_elementwise(_FETCH_OF_16, "=r,r,r", [level, code], tl.float32, True, 1)
+    else:
+        value = tl.load(levels_ptr + (code & 15))
+    value *= absmax[:, None]
     if ROUND_BFLOAT16:
         value = _to_bfloat16_bits(value)
     tl.store(at[:, None] + each, value.to(out_ptr.dtype.element_ty), mask=mask[:, None])
@@ -365,7 +376,7 @@ def dequantize(
         dynamic_levels_on(codes.device, signed=True) if double_quant else None, levels, out,
         first_row, columns // chunk, out.numel() // chunk, codes.shape[1], absmax.shape[1], out.stride(0),
         BLOCK=block_size, CHUNK=chunk, TILE=tile, FLAT_CODES=flat_codes, FLAT_OUT=flat_codes and out.is_contiguous(),
-        DOUBLE_QUANT=double_quant, ABSMAX_BLOCK=ABSMAX_BLOCK,
+        DOUBLE_QUANT=double_quant, ABSMAX_BLOCK=ABSMAX_BLOCK, SHUFFLE=codes.device.type == "cuda",
         ROUND_BFLOAT16=dtype == torch.bfloat16 and codes.device.type == "cpu",
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip

@@ -51,6 +51,13 @@ def test_the_absmax_of_many_blocks_is_encoded_as_in_the_reference(count):
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("count", [0, 1, 257])
+def test_the_op_that_encodes_the_absmax_passes_opcheck(count):
+    absmax = torch.rand(1, count, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    results = torch.library.opcheck(torch.ops.qlite.quantize_nf4_absmax.default, (absmax,))
+    assert set(results.values()) == {"SUCCESS"}
+
+
 def test_every_tie_among_the_dynamic_levels_is_decided_as_in_the_reference():
     levels = dynamic_levels(signed=True)
     midpoints = (levels[1:] + levels[:-1]) / 2
@@ -118,6 +125,15 @@ def test_any_rows_decode_into_a_view_of_a_wider_buffer(block_size, columns, flat
         assert given_back.data_ptr() == out.data_ptr()
         assert torch.equal(out.cpu(), q.dequantize(dtype)[first : first + rows])
         assert bool((buffer[:, :left] == 7).all()) and bool((buffer[:, left + columns :] == 7).all())
+
+
+def test_a_weight_of_float64_comes_back_in_it():
+    w = torch.randn(3, 200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    q = qlite.quantize_nf4(w, double_quant=False)
+    codes, absmax = nf4_codec.quantize(w.to(DEVICE), q.levels.to(DEVICE), 64)
+    assert torch.equal(codes.cpu(), q.codes) and torch.equal(absmax.cpu(), q.absmax)
+    decoded = nf4_codec.dequantize(codes, absmax, None, None, q.levels.to(DEVICE), 200, 64, torch.float64)
+    assert torch.equal(decoded.cpu(), q.dequantize())
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 4])
@@ -199,5 +215,8 @@ def test_more_than_two_to_the_31_weights_decode_at_the_right_place():
     for row in (0, rows // 2, rows - 1):
         part = (codes[row : row + 1], absmax[row : row + 1], None, None, levels, columns, 64, torch.bfloat16)
         assert torch.equal(out[row : row + 1], nf4.dequantize(*part))
+    last = torch.empty(1, columns, dtype=torch.bfloat16, device="cuda")
+    nf4_codec.dequantize(codes, absmax, None, None, levels, columns, 64, torch.bfloat16, out=last, first_row=rows - 1)
+    assert torch.equal(last, out[-1:])
     again, _ = nf4_codec.quantize(out, levels, 64)
     assert torch.equal(again[-1:], nf4.quantize(out[-1:], levels, 64)[0])

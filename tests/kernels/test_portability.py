@@ -69,7 +69,7 @@ def dequantize(out="*bf16", absmax="*u8", unaligned=(), budget=None, per_thread=
     }  # fmt: skip
     usual = {
         "BLOCK": 64, "CHUNK": 8, "TILE": 1024, "FLAT_CODES": True, "FLAT_OUT": True, "DOUBLE_QUANT": absmax == "*u8",
-        "ABSMAX_BLOCK": 256, "ROUND_BFLOAT16": False,
+        "ABSMAX_BLOCK": 256, "SHUFFLE": True, "ROUND_BFLOAT16": False,
     }  # fmt: skip
     if absmax != "*u8":
         usual |= {"scale_ptr": None, "offset_ptr": None, "dynamic_ptr": None}
@@ -85,37 +85,41 @@ def quantize(weight="*bf16", unaligned=(), budget=None, per_thread=32, **constan
     return codec("_quantize_kernel", signature, usual | constants, unaligned, budget=budget, per_thread=per_thread)
 
 
+SUM = {
+    "absmax_ptr": "*fp32", "sums_ptr": "*fp64", "dynamic_ptr": "*fp32", "midpoints_ptr": "*fp32", "count": "i32",
+    "share": "i32",
+}  # fmt: skip
+ABSMAX = {
+    "absmax_ptr": "*fp32", "sums_ptr": "*fp64", "midpoints_ptr": "*fp32", "codes_ptr": "*u8", "scale_ptr": "*fp32",
+    "offset_ptr": "*fp32", "count": "i32", "parts": "i32", "smallest": "fp32",
+}  # fmt: skip
 ROWS = {"FLAT_CODES": False, "FLAT_OUT": False}
 VARIANTS = {
-    "dequantize": dequantize(budget=12.2),
-    "dequantize, absmax in float32": dequantize(absmax="*fp32", budget=10.1),
-    "dequantize into a wider buffer": dequantize(FLAT_OUT=False, budget=15.8),
-    "dequantize rows of broken blocks": dequantize(**ROWS, budget=16.2),
-    "dequantize to float16, blocks of 4096": dequantize("*fp16", BLOCK=4096, budget=12.2),
-    "dequantize to float32": dequantize("*fp32", CHUNK=4, TILE=2048, budget=15.6),
+    "dequantize": dequantize(budget=9.2),
+    "dequantize, absmax in float32": dequantize(absmax="*fp32", budget=7.1),
+    "dequantize into a wider buffer": dequantize(FLAT_OUT=False, budget=12.7),
+    "dequantize rows of broken blocks": dequantize(**ROWS, budget=13.1),
+    "dequantize to float16, blocks of 4096": dequantize("*fp16", BLOCK=4096, budget=9.2),
+    "dequantize to float32": dequantize("*fp32", CHUNK=4, TILE=2048, budget=12.6),
     "dequantize rows of an odd length": dequantize(**ROWS, CHUNK=1, TILE=4096, unaligned=("out_stride",)),
+    "dequantize one weight": dequantize(
+        FLAT_OUT=False, CHUNK=1, TILE=4096, first_row=1, chunks=1, bytes_a_row=1, blocks_a_row=1, out_stride=1
+    ),
+    "dequantize row 1 of 1": dequantize(**ROWS, CHUNK=1, TILE=4096, first_row=1, chunks=1, bytes_a_row=1, blocks_a_row=1),
     "quantize": quantize(budget=16.3),
     "quantize from float16, blocks of 4096": quantize("*fp16", BLOCK=4096, budget=15.8),
     "quantize from float32": quantize("*fp32", budget=21.5),
     "quantize rows of broken blocks": quantize(WHOLE=False, budget=21.7),
     "quantize rows of an odd length": quantize(WHOLE=False, WORDS=False, unaligned=("columns", "row_stride")),
+    "quantize one weight": quantize(WHOLE=False, WORDS=False, columns=1, row_stride=1, blocks=1),
     "decide": codec("_decision_kernel", {"levels_ptr": "*fp32", "table_ptr": "*i32"}, {}),
-    "sum the absmax": codec(
-        "_absmax_sum_kernel",
-        {
-            "absmax_ptr": "*fp32", "sums_ptr": "*fp64", "dynamic_ptr": "*fp32", "midpoints_ptr": "*fp32",
-            "count": "i32", "share": "i32",
-        },
-        {"TILE": 1024},
-    ),
+    "sum the absmax": codec("_absmax_sum_kernel", SUM, {"TILE": 1024}),
+    "sum one absmax": codec("_absmax_sum_kernel", SUM, {"TILE": 1024, "count": 1, "share": 1}),
     "quantize the absmax": codec(
-        "_absmax_quantize_kernel",
-        {
-            "absmax_ptr": "*fp32", "sums_ptr": "*fp64", "midpoints_ptr": "*fp32", "codes_ptr": "*u8", "scale_ptr": "*fp32",
-            "offset_ptr": "*fp32", "count": "i32", "parts": "i32", "smallest": "fp32",
-        },
-        {"ABSMAX_BLOCK": 256, "GROUPS": 8, "PARTS": 256},
-        per_thread=8, budget=96,
+        "_absmax_quantize_kernel", ABSMAX, {"ABSMAX_BLOCK": 256, "GROUPS": 8, "PARTS": 256}, per_thread=8, budget=96
+    ),
+    "quantize one absmax": codec(
+        "_absmax_quantize_kernel", ABSMAX, {"ABSMAX_BLOCK": 256, "GROUPS": 8, "PARTS": 256, "parts": 1}
     ),
 }  # fmt: skip
 UNFIT = {
