@@ -25,8 +25,8 @@ from qlite.dynamic8 import SMALLEST_DIVISOR, dynamic_levels_on
 ABSMAX_BLOCK = 256
 #: Chunks that one program encodes, and chunks of 8 that it decodes: four a thread.
 TILE = 1024
-#: Programs that sum the absmax: one partial sum a thread of those that read them.
-PARTS = 256
+#: Programs that sum the absmax, at most; each program that encodes them reads all the sums.
+PARTS = 1024
 #: Where the decision table holds what, in 4-byte places: 16 midpoints (the last infinite), 16 codes in ascending order of
 #: their levels, then for each of 32 cells its threshold and the midpoints below it, then whether the cells are enough.
 ORDER, THRESHOLD, BELOW, SIMPLE, TABLE = (tl.constexpr(place) for place in (16, 32, 64, 96, 97))

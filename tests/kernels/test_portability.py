@@ -116,10 +116,10 @@ VARIANTS = {
     "sum the absmax": codec("_absmax_sum_kernel", SUM, {"TILE": 1024}),
     "sum one absmax": codec("_absmax_sum_kernel", SUM, {"TILE": 1024, "count": 1, "share": 1}),
     "quantize the absmax": codec(
-        "_absmax_quantize_kernel", ABSMAX, {"ABSMAX_BLOCK": 256, "GROUPS": 8, "PARTS": 256}, per_thread=8, budget=96
+        "_absmax_quantize_kernel", ABSMAX, {"ABSMAX_BLOCK": 256, "GROUPS": 8, "PARTS": 1024}, per_thread=8, budget=96
     ),
     "quantize one absmax": codec(
-        "_absmax_quantize_kernel", ABSMAX, {"ABSMAX_BLOCK": 256, "GROUPS": 8, "PARTS": 256, "parts": 1}
+        "_absmax_quantize_kernel", ABSMAX, {"ABSMAX_BLOCK": 256, "GROUPS": 8, "PARTS": 1024, "parts": 1}
     ),
 }  # fmt: skip
 UNFIT = {
