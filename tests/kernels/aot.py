@@ -109,18 +109,27 @@ class Code:
             target = re.search(r"BRA.*`\((\.L_x_\d+)\)", lines[here])
             if target:
                 heapq.heappush(queue, (length + 1, labels[target[1]], here))
-            if not target or not always or re.search(r"\bBRA\S* !?U?P\d", lines[here]) or "BRA.DIV" in lines[here]:
+            if (
+                not target
+                or not always
+                or re.search(r"\bBRA\S* !?U?P\d", lines[here])
+                or re.search(r"BRA\.(DIV|CONV)", lines[here])
+            ):
                 heapq.heappush(queue, (length + 1, here + 1, here))
         raise ValueError("no way to the end")
 
     def loops(self) -> list[list[str]]:
-        """Returns the instructions between each backward branch and its target, the longest first."""
+        """Returns the instructions from the target of each backward branch to the branch, the longest first.
+
+        Slow paths stand after the end of the program and branch back into it: what has an end in it is no loop.
+        """
         lines, labels = self.instructions()
         found = []
         for place, line in enumerate(lines):
             target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-            if target and labels[target[1]] < place:
-                found.append(lines[labels[target[1]] : place + 1])
+            body = lines[labels[target[1]] : place + 1] if target else []
+            if body and "EXIT" not in body:
+                found.append(body)
         return sorted(found, key=len, reverse=True)
 
 

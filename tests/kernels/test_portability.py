@@ -196,6 +196,19 @@ def test_a_kernel_that_spends_more_is_found(codes, name):
     assert spent(UNFIT[name], codes[name, 90]) > UNFIT[name].budget
 
 
+def test_the_shortest_way_passes_by_loops_and_slow_paths():
+    lines = [
+        "MOV R1, c[0x0][0x28]", "@P1 EXIT", ".L_x_0:", "IADD3 R1, R1, 1, RZ", "@P0 BRA `(.L_x_0)", "BRA.DIV UR4, `(.L_x_2)",
+        "@!P2 BRA `(.L_x_1)", "CALL.REL.NOINC `($slow)", "LDL R2, [R1]", ".L_x_1:", "EXIT", ".L_x_2:", "SHFL R1, R2, R3, 0x1f",
+        "BRA `(.L_x_1)",
+    ]  # fmt: skip
+    sass = "\n".join(line if line.startswith(".L") else f"/*{16 * place:04x}*/ {line} ;" for place, line in enumerate(lines))
+    code = aot.Code(sass)
+    assert [aot.opcode(line) for line in code.straight()] == ["MOV", "EXIT", "IADD3", "BRA", "BRA", "BRA", "EXIT"]
+    assert code.loops() == [["IADD3 R1, R1, 1, RZ", "@P0 BRA `(.L_x_0)"]]
+    assert code.spills and not aot.Code(sass.replace("LDL", "LDG")).spills
+
+
 def test_a_kernel_that_spills_is_found(codes):
     assert codes["spilling", 90].spills
 
