@@ -191,10 +191,11 @@ def _quantize_rows(weight: Tensor, midpoints: Tensor, order: Tensor, block_size:
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns `(codes, scale, offset)`: the double quantization of absmax.
+    """Returns `(codes, scale, offset)`: the reference of `ops.quantize_nf4_absmax`, the double quantization.
 
     The mean is subtracted, and blocks of 256 over the flattened rest are encoded with the signed dynamic table. The mean
-    is taken in float64 and rounded once, so that it does not depend on the device's order of summation.
+    is taken in float64 and rounded once, so that it does not depend on the order of summation: up to 2^24 float32 values
+    within a factor of 2^5 of each other have an exact sum in float64 (24 + 24 + 5 = 53 bits).
 
     Args:
         absmax: float32 (R, B).
@@ -204,7 +205,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Source: arXiv 2305.14314, section 3, "Double Quantization".
     """
-    offset = absmax.double().mean().float().view(1) if absmax.numel() else absmax.new_zeros(1)
+    count = absmax.numel()
+    offset = (absmax.sum(dtype=torch.float64) / count).float().view(1) if count else absmax.new_zeros(1)
     codes, scale = quantize_dynamic8(absmax - offset, signed=True, block_size=ABSMAX_BLOCK_SIZE)
     return codes, scale, offset
 

@@ -114,7 +114,7 @@ _CODED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offs
 
 
 def _quantize_nf4_cuda(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return _kernels(weight.device).quantize(weight, *nf4.decision_table(levels), block_size)
+    return _kernels(weight.device).quantize(weight, levels, block_size)
 
 
 def _quantize_nf4_fake(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -125,6 +125,19 @@ def _quantize_nf4_fake(weight: Tensor, levels: Tensor, block_size: int) -> tuple
 
 _declare("quantize_nf4(Tensor weight, Tensor levels, int block_size) -> (Tensor, Tensor)", nf4.quantize, _quantize_nf4_fake)
 _library.impl("quantize_nf4", _quantize_nf4_cuda, "CUDA")
+
+
+def _quantize_nf4_absmax_cuda(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernels(absmax.device).quantize_absmax(absmax)
+
+
+def _quantize_nf4_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    groups = -(-absmax.numel() // nf4.ABSMAX_BLOCK_SIZE)
+    return torch.empty_like(absmax, dtype=torch.uint8), absmax.new_empty(groups), absmax.new_empty(1)
+
+
+_declare("quantize_nf4_absmax(Tensor absmax) -> (Tensor, Tensor, Tensor)", nf4.quantize_absmax, _quantize_nf4_absmax_fake)
+_library.impl("quantize_nf4_absmax", _quantize_nf4_absmax_cuda, "CUDA")
 
 
 def _dequantize_nf4(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
@@ -349,7 +362,7 @@ def quantize_nf4(
     codes, absmax = torch.ops.qlite.quantize_nf4(weight.detach().reshape(rows), table, block_size)
     scale = offset = None
     if double_quant:
-        absmax, scale, offset = nf4.quantize_absmax(absmax)
+        absmax, scale, offset = torch.ops.qlite.quantize_nf4_absmax(absmax)
     return NF4Tensor(codes, absmax, scale, offset, table, weight.shape, weight.dtype, block_size)
 
 
