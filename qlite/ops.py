@@ -11,6 +11,7 @@ The functions of this file (`quantize_nf4`, `linear_nf4`, ...) check their argum
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 
@@ -81,13 +82,11 @@ def _grad_bias(ctx, grad: Tensor, position: int) -> Tensor | None:
     return grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
 
 
-def _kernels(device: torch.device):
-    """Returns the module of Triton kernels, imported at the first CUDA call; RuntimeError where Triton is missing."""
+def _kernels(name: str, device: torch.device):
+    """Returns a module of Triton kernels, imported at the first CUDA call; RuntimeError where Triton is missing."""
     if not _HAS_TRITON:
         raise RuntimeError(f"qlite's kernels need the package triton for tensors on {device}; pip install triton")
-    from qlite.kernels import nf4_codec
-
-    return nf4_codec
+    return importlib.import_module(f"qlite.kernels.{name}")
 
 
 # NF4: encode and decode.
@@ -114,7 +113,7 @@ _CODED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offs
 
 
 def _quantize_nf4_cuda(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return _kernels(weight.device).quantize(weight, levels, block_size)
+    return _kernels("nf4_codec", weight.device).quantize(weight, levels, block_size)
 
 
 def _quantize_nf4_fake(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -128,7 +127,7 @@ _library.impl("quantize_nf4", _quantize_nf4_cuda, "CUDA")
 
 
 def _quantize_nf4_absmax_cuda(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(absmax.device).quantize_absmax(absmax)
+    return _kernels("nf4_codec", absmax.device).quantize_absmax(absmax)
 
 
 def _quantize_nf4_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,7 +146,9 @@ def _dequantize_nf4(codes, absmax, absmax_scale, absmax_offset, levels, in_featu
 
 def _dequantize_nf4_cuda(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
     _check_coded(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size)
-    return _kernels(codes.device).dequantize(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype)
+    return _kernels("nf4_codec", codes.device).dequantize(
+        codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype
+    )
 
 
 def _dequantize_nf4_fake(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
@@ -177,6 +178,17 @@ def _linear_nf4(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out
     return nf4.linear(x, _decoded(coded, out_features, x.shape[-1], block_size, x.dtype), bias)
 
 
+def _check_rows_or_flat(coded, out_features: int, in_features: int, block_size: int) -> None:
+    row = nf4.coded_row(coded[0].shape[0], torch.Size((out_features, in_features)))
+    _check_coded(*coded, row, block_size)
+
+
+def _linear_nf4_cuda(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out_features, block_size) -> Tensor:
+    coded = (codes, absmax, absmax_scale, absmax_offset, levels)
+    _check_rows_or_flat(coded, out_features, x.shape[-1], block_size)
+    return _kernels("linear_nf4", x.device).linear(x, *coded, bias, out_features, block_size)
+
+
 def _linear_nf4_fake(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out_features, block_size) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -184,6 +196,12 @@ def _linear_nf4_fake(x, codes, absmax, absmax_scale, absmax_offset, levels, bias
 def _linear_nf4_grad(grad, codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size) -> Tensor:
     coded = (codes, absmax, absmax_scale, absmax_offset, levels)
     return grad @ _decoded(coded, grad.shape[-1], in_features, block_size, grad.dtype)
+
+
+def _linear_nf4_grad_cuda(grad, codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size) -> Tensor:
+    coded = (codes, absmax, absmax_scale, absmax_offset, levels)
+    _check_rows_or_flat(coded, grad.shape[-1], in_features, block_size)
+    return _kernels("linear_nf4", grad.device).gradient(grad, coded, in_features, block_size)
 
 
 def _linear_nf4_grad_fake(grad, codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size) -> Tensor:
@@ -231,6 +249,8 @@ _declare(
     _linear_nf4_grad,
     _linear_nf4_grad_fake,
 )
+_library.impl("linear_nf4", _linear_nf4_cuda, "CUDA")
+_library.impl("linear_nf4_grad", _linear_nf4_grad_cuda, "CUDA")
 _apply_linear_nf4 = _differentiate("linear_nf4", _keep_for_linear_nf4, _linear_nf4_backward, _linear_nf4_jvp)
 _apply_linear_nf4_grad = _differentiate(
     "linear_nf4_grad", _keep_for_linear_nf4_grad, _linear_nf4_grad_backward, _linear_nf4_grad_jvp
