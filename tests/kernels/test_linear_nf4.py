@@ -11,7 +11,7 @@ import qlite
 from qlite import nf4, ops
 
 pytest.importorskip("triton", reason="Triton is not built for this platform")
-from qlite.kernels import linear_nf4, scratch, tiles
+from qlite.kernels import few_rows, linear_nf4, scratch, small_batch, tiles
 from tests.strategies import tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,8 +108,8 @@ def test_a_flat_weight_of_whole_blocks_is_multiplied_as_its_rows(rows):
 
 @pytest.mark.parametrize("case", ["odd columns", "block of 32", "float32", "too many rows", "no rows"])
 def test_what_no_tile_takes_is_decoded_and_multiplied(case, monkeypatch):
-    monkeypatch.setattr(linear_nf4, "few_rows", lambda *arguments: pytest.fail("few rows"))
-    monkeypatch.setattr(linear_nf4, "small_batch", lambda *arguments: pytest.fail("small batch"))
+    monkeypatch.setattr(few_rows, "multiply", lambda *arguments: pytest.fail("few rows"))
+    monkeypatch.setattr(small_batch, "multiply", lambda *arguments: pytest.fail("small batch"))
     columns, block = {"odd columns": (100, 64), "block of 32": (128, 32)}.get(case, (128, 64))
     dtype = torch.float32 if case == "float32" else torch.float16
     q = qlite.quantize_nf4(seeded(20, columns, device=DEVICE), block_size=block)

@@ -101,7 +101,7 @@ ABSMAX = {
 ROWS = {"FLAT_CODES": False, "FLAT_OUT": False}
 
 
-def linear_nf4(kernel, tile, signature, constants, dtype, double_quant, bias, **rest):
+def linear_nf4(module, kernel, tile, signature, constants, dtype, double_quant, bias, **rest):
     """Entries of linear_nf4.py: `signature` behind the pointers that both kernels share, `constants` beside those."""
     name = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     shared = {
@@ -117,7 +117,7 @@ def linear_nf4(kernel, tile, signature, constants, dtype, double_quant, bias, **
     aligned = [key for key in signature if key.endswith("_ptr") or key in ("out_features", "in_features")]
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     aligned = tuple(key for key in aligned if key not in constants)
-    return Variant("linear_nf4", kernel, signature, constants, aligned, options, **rest)
+    return Variant(module, kernel, signature, constants, aligned, options, **rest)
 
 
 def few_rows(dtype=torch.bfloat16, double_quant=True, bias=False, plain=False, **rest):
@@ -130,7 +130,7 @@ def few_rows(dtype=torch.bfloat16, double_quant=True, bias=False, plain=False, *
     signature = {"units": "i32", **({} if plain else {"x_ptr": "*i32"})}
     # A chunk of 16 rows by 128 columns a warp, two chunks a step.
     rest = {"loop": True, "per_thread": 128, **rest}
-    return linear_nf4("_few_rows_kernel", tile, signature, constants, dtype, double_quant, bias, **rest)
+    return linear_nf4("few_rows", "_few_rows_kernel", tile, signature, constants, dtype, double_quant, bias, **rest)
 
 
 def small_batch(tile, dtype=torch.bfloat16, double_quant=True, bias=False, **rest):
@@ -142,7 +142,7 @@ def small_batch(tile, dtype=torch.bfloat16, double_quant=True, bias=False, **res
         "LEVEL": ptx.level_of_absmax(), "LANE_MASK": 15 if tile.scaled else 31, "LANE_BYTES": 8 if tile.scaled else 4,
     }  # fmt: skip
     signature = dict.fromkeys(("steps", "tiles_m", "total_steps"), "i32") | {"parts_ptr": "*fp32", "counters_ptr": "*i32"}
-    return linear_nf4("_small_batch_kernel", tile, signature, constants, dtype, double_quant, bias, **rest)
+    return linear_nf4("small_batch", "_small_batch_kernel", tile, signature, constants, dtype, double_quant, bias, **rest)
 
 
 #: The few rows' kernel has no tensor core to use before capability 8.0, and there runs as in the interpreter.
