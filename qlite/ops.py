@@ -224,15 +224,45 @@ _apply_linear_nf4_grad = _differentiate(
 )
 
 
-# int8: the linear layer over row-wise absmax codes.
+# int8: the linear layer over row-wise absmax codes. `dynamic` says whether x is encoded too (int8.is_dynamic): decided before
+# the op, where vmap shows one example; derivatives are those of the weight-only product, which is linear in x.
 
 
-def _linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
-    weight = dequantize_int8_rows(codes, absmax, x.dtype)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+def _int8_kernels(device: torch.device):
+    _kernels(device)
+    from qlite.kernels import linear_int8
+
+    return linear_int8
 
 
-def _linear_int8_fake(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+def _dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return int8.dequantize_absmax(codes, absmax, codes.shape[1]).to(dtype)
+
+
+def _dequantize_int8_cuda(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float64:
+        return _dequantize_int8(codes, absmax, dtype)
+    return _int8_kernels(codes.device).dequantize(codes.contiguous(), absmax.contiguous(), dtype)
+
+
+def _dequantize_int8_fake(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+def _linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, dynamic: bool) -> Tensor:
+    return (int8.linear_dynamic if dynamic else int8.linear_weight_only)(x, codes, absmax, bias)
+
+
+def _linear_int8_cuda(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, dynamic: bool) -> Tensor:
+    if x.dtype == torch.float64:
+        return _linear_int8(x, codes, absmax, bias, dynamic)
+    kernels, rows = _int8_kernels(x.device), x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    multiply = kernels.linear_dynamic if dynamic else kernels.linear_weight_only
+    y = multiply(rows, codes.contiguous(), absmax.contiguous(), None if bias is None else bias.to(x.dtype).contiguous())
+    return y.view(*x.shape[:-1], codes.shape[0])
+
+
+def _linear_int8_fake(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, dynamic: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
@@ -245,18 +275,18 @@ def _linear_int8_grad_fake(grad: Tensor, codes: Tensor, absmax: Tensor) -> Tenso
 
 
 def _keep_for_linear_int8(ctx, inputs, output) -> None:
-    _, codes, absmax, bias = inputs
+    _, codes, absmax, bias, _ = inputs
     _keep(ctx, codes, absmax)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_int8_backward(ctx, grad: Tensor):
     grad_x = _apply_linear_int8_grad(grad, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
-    return grad_x, None, None, _grad_bias(ctx, grad, 3)
+    return grad_x, None, None, _grad_bias(ctx, grad, 3), None
 
 
-def _linear_int8_jvp(ctx, x, codes, absmax, bias) -> Tensor:
-    return _apply_linear_int8(x, *ctx.saved_tensors, bias)
+def _linear_int8_jvp(ctx, x, codes, absmax, bias, dynamic) -> Tensor:
+    return _apply_linear_int8(x, *ctx.saved_tensors, bias, False)
 
 
 def _keep_for_linear_int8_grad(ctx, inputs, output) -> None:
@@ -264,15 +294,20 @@ def _keep_for_linear_int8_grad(ctx, inputs, output) -> None:
 
 
 def _linear_int8_grad_backward(ctx, grad: Tensor):
-    return _apply_linear_int8(grad, *ctx.saved_tensors, None), None, None
+    return _apply_linear_int8(grad, *ctx.saved_tensors, None, False), None, None
 
 
 def _linear_int8_grad_jvp(ctx, grad, codes, absmax) -> Tensor:
     return _apply_linear_int8_grad(grad, *ctx.saved_tensors)
 
 
-_declare("linear_int8(Tensor x, Tensor codes, Tensor absmax, Tensor? bias) -> Tensor", _linear_int8, _linear_int8_fake)
+_declare("dequantize_int8(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor", _dequantize_int8, _dequantize_int8_fake)
+_declare(
+    "linear_int8(Tensor x, Tensor codes, Tensor absmax, Tensor? bias, bool dynamic) -> Tensor", _linear_int8, _linear_int8_fake
+)
 _declare("linear_int8_grad(Tensor grad, Tensor codes, Tensor absmax) -> Tensor", _linear_int8_grad, _linear_int8_grad_fake)
+_library.impl("dequantize_int8", _dequantize_int8_cuda, "CUDA")
+_library.impl("linear_int8", _linear_int8_cuda, "CUDA")
 _apply_linear_int8 = _differentiate("linear_int8", _keep_for_linear_int8, _linear_int8_backward, _linear_int8_jvp)
 _apply_linear_int8_grad = _differentiate(
     "linear_int8_grad", _keep_for_linear_int8_grad, _linear_int8_grad_backward, _linear_int8_grad_jvp
@@ -426,11 +461,14 @@ def linear_nf4(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tens
 
 def dequantize_int8_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns row-wise absmax int8 weights (out_features, in_features) decoded into `dtype`."""
-    return int8.dequantize_absmax(codes, absmax, codes.shape[1]).to(dtype)
+    return torch.ops.qlite.dequantize_int8(codes, absmax, dtype)
 
 
 def linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns `x @ weight.T + bias` for row-wise absmax int8 weights, in the dtype of x, differentiable in x and bias.
+
+    More than 64 rows of 16-bit x are encoded too, each by its own absmax, and integers multiplied (int8.linear_dynamic);
+    anything else is multiplied as it is (int8.linear_weight_only). The gradient is that of the latter in both.
 
     Args:
         x: (..., in_features) floating point. codes: int8 (out_features, in_features).
@@ -438,7 +476,10 @@ def linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = 
 
     Raises:
         ValueError: the shapes do not fit. TypeError: x is not floating point.
+
+    Source: LLM.int8() (arXiv 2208.07339), section 3.1.
     """
     if absmax.shape != (codes.shape[0], 1):
         raise ValueError(f"linear_int8: absmax has shape {tuple(absmax.shape)}; wanted ({codes.shape[0]}, 1)")
-    return _apply_linear_int8(_activation(x, codes.shape[1], "linear_int8"), codes, absmax, bias)
+    x = _activation(x, codes.shape[1], "linear_int8")
+    return _apply_linear_int8(x, codes, absmax, bias, int8.is_dynamic(x))

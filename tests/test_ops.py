@@ -47,7 +47,8 @@ def test_int8_ops_pass_opcheck():
     q = qlite.quantize_int8(seeded(6, 33))
     x, bias = seeded(3, 33).requires_grad_(), seeded(6).requires_grad_()
     for name, arguments in {
-        "linear_int8": (x, q.codes, q.absmax, bias),
+        "dequantize_int8": (q.codes, q.absmax, torch.bfloat16),
+        "linear_int8": (x, q.codes, q.absmax, bias, False),
         "linear_int8_grad": (seeded(3, 6), q.codes, q.absmax),
     }.items():
         results = torch.library.opcheck(getattr(torch.ops.qlite, name).default, arguments)
