@@ -100,7 +100,7 @@ def quantize_absmax(x: Tensor, *, per_tensor: bool, block_size: int) -> tuple[Te
     absmax = grouped.abs().amax(dim=2) if grouped.numel() else grouped.new_zeros(grouped.shape[:2])
     # 127 / absmax overflows for a tiny absmax: such a group is first scaled by 2^100, which changes no code.
     boost = torch.where(absmax < 2.0**-100, 2.0**100, 1.0)
-    factor = (absmax * boost).clamp(min=SMALLEST_SCALE).reciprocal() * 127
+    factor = (absmax * boost).clamp(min=2.0**-100).reciprocal() * 127  # of a group of zeros: finite, for 0 * inf is NaN
     columns = x.shape[1]
     share = x.float() * _spread(boost, columns, block_size) * _spread(factor, columns, block_size)
     return share.round().clamp(-127, 127).to(torch.int8), absmax

@@ -1,12 +1,11 @@
-"""Triton kernels of the int8 linear layer: int8 x int8 on tensor cores, weights alone in int8, and the codecs of both.
+"""Triton kernels of the int8 linear layer: int8 x int8 on tensor cores, and weights alone in int8.
 
     dynamic:      y = round_to_dtype(((sum of code_x * code_w) * (absmax_x / 127)) * (absmax_w / 127) + bias)
     weight only:  y = round_to_dtype((sum of x * code_w) * (absmax_w / 127) + bias)
-    quantize:     code = round_half_even(x * ((1 / absmax) * 127)), absmax = max |x| over a row
 
 Layout, with M rows, N out_features and K in_features: x (M, K) 16 bits; codes int8 (N, K) and (M, K); absmax float32 (N, 1)
 and (M, 1); bias (N,) or none; y (M, N). Sums of products of codes are exact in int32, every other operation is rounded on
-its own (no contraction to fused multiply-add), so the dynamic product and both codecs equal int8.py bit for bit.
+its own (no contraction to fused multiply-add), so the dynamic product equals int8.linear_dynamic bit for bit.
 
 Not done here: stream-K, and a reduction of K's shares by the last block: a second launch costs 2 us and needs no counters,
 which graphs replayed on two streams at once would share.
@@ -22,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-#: Columns that quantize_rows holds in registers at once; a longer row is read twice.
-WHOLE_ROW = 65536
+from qlite.kernels.int8_codec import dequantize, quantize_rows, to_output
 
 
 class FewRows(NamedTuple):
@@ -49,22 +47,24 @@ class ManyRows(NamedTuple):
     tensor_maps: bool
 
 
-def few_rows_tile(rows: int, out_features: int, in_features: int) -> FewRows:
-    """Returns the cut of a weight-only product of up to 64 rows."""
+def few_rows_tile(rows: int, out_features: int, in_features: int, capability: tuple[int, int]) -> FewRows:
+    """Returns the cut of a weight-only product of up to 64 rows, from sm_80 on."""
     width = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    out = 128 if rows <= 32 else 256
+    wide = width == 64 and capability >= (9, 0)
+    out, stages = 256 if wide else 128, 5 if capability in ((8, 0), (9, 0), (10, 0)) else 3
     tiles, steps = triton.cdiv(out_features, out), triton.cdiv(in_features, 64)
     # About eight blocks a multiprocessor, of at least four steps each.
-    shares = max(1, min(1024 // max(tiles, 1), steps // 4, 8 if rows <= 32 else 4))
-    return FewRows(out, width, 64, shares, 4 if rows <= 32 else 8, 5)
+    shares = max(1, min(1024 // tiles, steps // 4, 4 if width == 64 else 8))
+    return FewRows(out, width, 64, shares, 8 if wide else 4, stages)
 
 
 def many_rows_tile(rows: int, in_features: int, capability: tuple[int, int]) -> ManyRows:
-    """Returns the cut of a product of codes."""
-    if capability < (9, 0):
-        return ManyRows(128, 128, 64, 8, 4 if rows > 64 else 8, 3, False)
-    maps = in_features % 16 == 0 and capability[0] == 9
-    return ManyRows(128, 128 if rows <= 512 else 256, 128, 8, 8, 4 if rows <= 512 else 3, maps)
+    """Returns the cut of a product of codes, from sm_80 on."""
+    if capability[0] != 9:
+        return ManyRows(128, 128, 64, 8, 8, 3, False)
+    if in_features % 16:
+        return ManyRows(128, 128, 64, 8, 8, 3, False)
+    return ManyRows(128, 256 if rows > 512 else 128, 128, 8, 8, 3, True)
 
 
 #: Four int8 codes of a word to two registers of two bfloat16: 128 + (code & 127), less 128, or 256 where the sign is set.
@@ -110,59 +110,9 @@ sub.rn.f32 $3, m, 0f4B000080;
 
 
 @triton.jit
-def _to_output(value, ROUND_BFLOAT16: tl.constexpr, OUT: tl.constexpr):
-    """Rounds float32 to OUT; Triton's interpreter would truncate to bfloat16, so there the rounding is done on integers."""
-    if ROUND_BFLOAT16:
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
-    return value.to(OUT)
-
-
-@triton.jit
 def _row_scale(absmax):
     """Returns absmax / 127, and NaN for a row that holds what is not finite."""
     return tl.where(absmax < float("inf"), tl.math.div_rn(absmax, 127.0), float("nan"))
-
-
-@triton.jit
-def _quantize_kernel(x_ptr, codes_ptr, absmax_ptr, columns, row_stride, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * row_stride
-    codes_ptr += row * columns
-    column = tl.arange(0, BLOCK)
-    value = tl.load(x_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    # Of magnitudes the bits have the order of the numbers, and NaN comes last: no maximum loses it.
-    largest = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    if not WHOLE:
-        for start in range(BLOCK, columns, BLOCK):
-            more = tl.load(x_ptr + start + column, mask=start + column < columns, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, more.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    absmax = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
-    tl.store(absmax_ptr + row, absmax)
-    # The numbers are those of int8.quantize_absmax: 2^-100, 2^100 and 2^-126.
-    boost = tl.where(absmax < 7.888609052210118e-31, 1.2676506002282294e30, 1.0)
-    factor = tl.math.div_rn(1.0, tl.maximum(absmax * boost, 1.1754943508222875e-38)) * 127.0
-    # Added to 1.5 * 2^23 a share is rounded half to even, and its low byte is the code.
-    code = (value * boost * factor + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-    tl.store(codes_ptr + column, code, mask=column < columns)
-    if not WHOLE:
-        for start in range(BLOCK, columns, BLOCK):
-            more = tl.load(x_ptr + start + column, mask=start + column < columns, other=0.0).to(tl.float32)
-            code = (more * boost * factor + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-            tl.store(codes_ptr + start + column, code, mask=start + column < columns)
-
-
-@triton.jit
-def _dequantize_kernel(
-    codes_ptr, absmax_ptr, out_ptr, columns, BLOCK: tl.constexpr, ROUND_BFLOAT16: tl.constexpr
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    scale = tl.math.div_rn(tl.load(absmax_ptr + row), 127.0)
-    code = tl.load(codes_ptr + row * columns + column, mask=column < columns, other=0)
-    value = _to_output(code.to(tl.float32) * scale, ROUND_BFLOAT16, out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * columns + column, value, mask=column < columns)
 
 
 @triton.jit
@@ -184,7 +134,7 @@ def _store_product(
     value = sums.to(tl.float32) * x_scale[:, None] * scale[None, :]
     if HAS_BIAS:
         value += tl.load(bias_ptr + column, mask=column < out_features, other=0.0).to(tl.float32)[None, :]
-    value = _to_output(value, ROUND_BFLOAT16, y_ptr.dtype.element_ty)
+    value = to_output(value, ROUND_BFLOAT16, y_ptr.dtype.element_ty)
     inside = (row < rows)[:, None] & (column < out_features)[None, :]
     tl.store(y_ptr + row.to(tl.int64)[:, None] * out_features + column[None, :], value, mask=inside)
 
@@ -236,28 +186,28 @@ def _product_by_map_kernel(
 
 
 @triton.jit
-def _halves(pair, DTYPE: tl.constexpr):
+def _halves(pair, kind: tl.constexpr):
     """Returns the low and the high half of a register as 16-bit floats."""
-    low = (pair & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
-    return low, ((pair >> 16) & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
+    low = (pair & 0xFFFF).to(tl.uint16).to(kind, bitcast=True)
+    return low, ((pair >> 16) & 0xFFFF).to(tl.uint16).to(kind, bitcast=True)
 
 
 @triton.jit
-def _decoded_words(word, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Returns the four codes of each word of (A, B) as (A, B, 2, 2) numbers, exact: of DTYPE in assembly, else float32.
+def _decoded_words(word, kind: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Returns the four codes of each word of (A, B) as (A, B, 2, 2) numbers, exact: of kind in assembly, else float32.
 
     By bytes that are put into the mantissa of a float: conversions of integers run at an eighth of the speed.
     """
-    if ASSEMBLY and DTYPE == tl.float32:
+    if ASSEMBLY and kind == tl.float32:
         a, b, c, d = tl.inline_asm_elementwise(
             _WORD_TO_FLOAT32, "=r,=r,=r,=r,r", [word], dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=True, pack=1,
         )  # fmt: skip
         first, second = tl.join(a, c), tl.join(b, d)
     elif ASSEMBLY:
-        CODE: tl.constexpr = _WORD_TO_BFLOAT16 if DTYPE == tl.bfloat16 else _WORD_TO_FLOAT16
+        CODE: tl.constexpr = _WORD_TO_BFLOAT16 if kind == tl.bfloat16 else _WORD_TO_FLOAT16
         low, high = tl.inline_asm_elementwise(CODE, "=r,=r,r", [word], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
-        first, second = _halves(tl.join(low, high), DTYPE)
+        first, second = _halves(tl.join(low, high), kind)
     else:
         word = word ^ -0x7F7F7F80
         first = ((tl.join(word, word >> 16) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
@@ -309,7 +259,7 @@ def _few_rows_kernel(
         value = sums * tl.math.div_rn(tl.load(absmax_ptr + out, mask=out < out_features, other=0.0), 127.0)[:, None]
         if HAS_BIAS:
             value += tl.load(bias_ptr + out, mask=out < out_features, other=0.0).to(tl.float32)[:, None]
-        tl.store(y_ptr + place, _to_output(value, ROUND_BFLOAT16, y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + place, to_output(value, ROUND_BFLOAT16, y_ptr.dtype.element_ty), mask=inside)
     else:
         tl.store(parts_ptr + share.to(tl.int64) * rows * out_features + place, sums, mask=inside)
 
@@ -329,7 +279,7 @@ def _join_shares_kernel(
     value *= tl.math.div_rn(tl.load(absmax_ptr + out, mask=inside, other=0.0), 127.0)
     if HAS_BIAS:
         value += tl.load(bias_ptr + out, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * out_features + out, _to_output(value, ROUND_BFLOAT16, y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + row * out_features + out, to_output(value, ROUND_BFLOAT16, y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -346,10 +296,7 @@ def _one_row_kernel(
     k = tl.arange(0, COLUMNS)
     sums = tl.zeros([OUT, COLUMNS], dtype=tl.float32)
     for start in range(0, in_features, COLUMNS):
-        if WHOLE:
-            x = tl.load(x_ptr + start + k)
-        else:
-            x = tl.load(x_ptr + start + k, mask=k < in_features - start, other=0.0)
+        x = tl.load(x_ptr + start + k) if WHOLE else tl.load(x_ptr + start + k, mask=k < in_features - start, other=0.0)
         if WORDS:
             word = tl.arange(0, COLUMNS // 4)
             place = codes_ptr + row[:, None] * (in_features // 16 * 4) + start // 4 + word[None, :]
@@ -366,7 +313,7 @@ def _one_row_kernel(
     value *= tl.math.div_rn(tl.load(absmax_ptr + out, mask=out < out_features, other=0.0), 127.0)
     if HAS_BIAS:
         value += tl.load(bias_ptr + out, mask=out < out_features, other=0.0).to(tl.float32)
-    value = _to_output(value, ROUND_BFLOAT16, y_ptr.dtype.element_ty)
+    value = to_output(value, ROUND_BFLOAT16, y_ptr.dtype.element_ty)
     tl.store(y_ptr + m * out_features + out, value, mask=out < out_features)
 
 
@@ -377,35 +324,6 @@ def _address(tensor: Tensor) -> bool:
 
 def _flags(y: Tensor, bias: Tensor | None) -> dict[str, bool]:
     return {"HAS_BIAS": bias is not None, "ROUND_BFLOAT16": y.dtype == torch.bfloat16 and not y.is_cuda}
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns `(codes, absmax)` of x (M, K); see int8.quantize_absmax. Of a row that is not finite, absmax is not either."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    rows, columns = x.shape
-    codes = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
-    absmax = torch.zeros((rows, 1), dtype=torch.float32, device=x.device)
-    if codes.numel():
-        block = min(triton.next_power_of_2(columns), WHOLE_ROW)
-        _quantize_kernel[(rows,)](
-            x, codes, absmax, columns, x.stride(0), BLOCK=block, WHOLE=block >= columns,
-            num_warps=min(32, max(1, block // 1024)), enable_fp_fusion=False,
-        )  # fmt: skip
-    return codes, absmax
-
-
-def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns contiguous codes (N, K) of scales absmax (N, 1) decoded into a float dtype; see int8.dequantize_absmax."""
-    rows, columns = codes.shape
-    out = torch.empty((rows, columns), dtype=dtype, device=codes.device)
-    if out.numel():
-        block = min(triton.next_power_of_2(columns), 4096)
-        _dequantize_kernel[(rows, triton.cdiv(columns, block))](
-            codes, absmax, out, columns, BLOCK=block, ROUND_BFLOAT16=dtype == torch.bfloat16 and not out.is_cuda,
-            num_warps=8, enable_fp_fusion=False,
-        )  # fmt: skip
-    return out
 
 
 def product(
@@ -438,6 +356,8 @@ def few_rows(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, tile
     """Returns (M, N) in the 16 bits of x (M, K), M <= tile.rows, K % 16 == 0, from sm_80 on; see int8.linear_weight_only."""
     rows, (out_features, in_features) = x.shape[0], codes.shape
     y = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
     parts = torch.empty((tile.shares, rows, out_features), dtype=torch.float32, device=x.device) if tile.shares > 1 else None
     _few_rows_kernel[(triton.cdiv(out_features, tile.out), tile.shares)](
         x, codes.view(torch.int32), absmax, bias, y, parts,
@@ -458,17 +378,19 @@ def one_row(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, out: 
     """Returns (M, N) in the 16 bits of x (M, K), each row on its own and on any chip; see int8.linear_weight_only."""
     rows, (out_features, in_features) = x.shape[0], codes.shape
     y = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
     words = in_features % 16 == 0 and _address(codes)
     _one_row_kernel[(triton.cdiv(out_features, out), rows)](
         x, codes.view(torch.int32) if words else codes, absmax, bias, y, out_features, in_features, x.stride(0),
         OUT=out, COLUMNS=columns, WORDS=words, WHOLE=in_features % columns == 0, ASSEMBLY=x.is_cuda, **_flags(y, bias),
-        num_warps=max(1, out * columns // 1024), num_stages=3,
+        num_warps=max(1, out * columns // 1024), num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Returns the compute capability; of a CPU, where the interpreter runs the kernels, that of the newest they are made for."""
+    """Returns the compute capability; for a CPU, where Triton's interpreter runs, that of an H100."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
@@ -476,19 +398,22 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def _without_terms(rows: int, out_features: int, x: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_zeros(rows, out_features) if bias is None else bias.to(x.dtype).repeat(rows, 1)
+
+
 def linear_weight_only(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
     """Returns (M, N) in the 16 bits of x (M, K), codes contiguous (N, K); see int8.linear_weight_only."""
     (rows, in_features), out_features = x.shape, codes.shape[0]
-    if not rows * out_features * in_features:
-        bias = x.new_zeros(out_features) if bias is None else bias
-        return bias.expand(rows, out_features).contiguous()
+    if not in_features * out_features:
+        return _without_terms(rows, out_features, x, bias)
     x, capability = _unit_stride(x), _capability(x.device)
     if x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and capability < (8, 0)):
         return torch.nn.functional.linear(x, dequantize(codes, absmax, x.dtype), bias)
     if rows == 1 or (capability < (8, 0) and rows <= 2):
         return one_row(x, codes, absmax, bias)
     if rows <= 64 and capability >= (8, 0) and in_features % 16 == 0 and _address(codes):
-        return few_rows(x, codes, absmax, bias, few_rows_tile(rows, out_features, in_features))
+        return few_rows(x, codes, absmax, bias, few_rows_tile(rows, out_features, in_features, capability))
     return torch.nn.functional.linear(x, dequantize(codes, absmax, x.dtype), bias)
 
 
@@ -497,6 +422,8 @@ def linear_dynamic(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None
 
     Below sm_80, whose tensor cores Triton does not know, the product of the two decoded operands: equal up to roundings.
     """
+    if not x.shape[1]:
+        return _without_terms(x.shape[0], codes.shape[0], x, bias)
     capability = _capability(x.device)
     x_codes, x_absmax = quantize_rows(x)
     if capability >= (8, 0):
