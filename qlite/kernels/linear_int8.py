@@ -35,6 +35,15 @@ class FewRows(NamedTuple):
     stages: int
 
 
+class OneRow(NamedTuple):
+    """How a row is multiplied without tensor cores: tiles of (out, in), and the launch."""
+
+    out: int
+    columns: int
+    warps: int
+    stages: int
+
+
 class ManyRows(NamedTuple):
     """How a product of codes is cut: tiles of (rows, out, in), rows of tiles that walk together, and the launch."""
 
@@ -45,6 +54,9 @@ class ManyRows(NamedTuple):
     warps: int
     stages: int
     tensor_maps: bool
+
+
+ONE_ROW = OneRow(8, 512, 4, 1)
 
 
 def few_rows_tile(rows: int, out_features: int, in_features: int, capability: tuple[int, int]) -> FewRows:
@@ -286,7 +298,7 @@ def _join_shares_kernel(
 def _one_row_kernel(
     x_ptr, codes_ptr, absmax_ptr, bias_ptr, y_ptr, out_features, in_features, row_stride,
     OUT: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROUND_BFLOAT16: tl.constexpr, ASSEMBLY: tl.constexpr,
+    ROUND_BFLOAT16: tl.constexpr, ASSEMBLY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """No tensor cores: for one row, and for chips whose tensor cores Triton does not know. A program row for a row of x."""
     m = tl.program_id(1).to(tl.int64)
@@ -295,7 +307,7 @@ def _one_row_kernel(
     row = tl.minimum(out, out_features - 1).to(tl.int64)
     k = tl.arange(0, COLUMNS)
     sums = tl.zeros([OUT, COLUMNS], dtype=tl.float32)
-    for start in range(0, in_features, COLUMNS):
+    for start in tl.range(0, in_features, COLUMNS, num_stages=STAGES):
         x = tl.load(x_ptr + start + k) if WHOLE else tl.load(x_ptr + start + k, mask=k < in_features - start, other=0.0)
         if WORDS:
             word = tl.arange(0, COLUMNS // 4)
@@ -374,17 +386,17 @@ def few_rows(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, tile
     return y
 
 
-def one_row(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, out: int = 8, columns: int = 512) -> Tensor:
+def one_row(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, tile: OneRow = ONE_ROW) -> Tensor:
     """Returns (M, N) in the 16 bits of x (M, K), each row on its own and on any chip; see int8.linear_weight_only."""
     rows, (out_features, in_features) = x.shape[0], codes.shape
     y = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
     words = in_features % 16 == 0 and _address(codes)
-    _one_row_kernel[(triton.cdiv(out_features, out), rows)](
+    _one_row_kernel[(triton.cdiv(out_features, tile.out), rows)](
         x, codes.view(torch.int32) if words else codes, absmax, bias, y, out_features, in_features, x.stride(0),
-        OUT=out, COLUMNS=columns, WORDS=words, WHOLE=in_features % columns == 0, ASSEMBLY=x.is_cuda, **_flags(y, bias),
-        num_warps=max(1, out * columns // 1024), num_stages=3, enable_fp_fusion=True,
+        OUT=tile.out, COLUMNS=tile.columns, WORDS=words, WHOLE=in_features % tile.columns == 0, ASSEMBLY=x.is_cuda,
+        STAGES=tile.stages, **_flags(y, bias), num_warps=tile.warps, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
