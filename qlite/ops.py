@@ -402,7 +402,7 @@ def _activation(x: Tensor, in_features: int, caller: str) -> Tensor:
         raise ValueError(f"{caller}: x has shape {tuple(x.shape)}; wanted (..., {in_features})")
     # A custom op is unknown to autocast: what autocast does to F.linear is done here. (Of a meta tensor it cannot be asked.)
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
 

@@ -297,7 +297,8 @@ FLAT = functools.partial(qlite.quantize_nf4, flat=True)
 def test_encoding_on_the_cpu_takes_no_more_than_a_chunk_beside_its_result(encode, kept):
     dense = seeded(4096, 4096, dtype=torch.bfloat16)
     # What torch's allocator was asked for, to the byte: the size of the process depends on what malloc gives back, and when.
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         encoded = encode(dense)
     taken = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak, left = max(itertools.accumulate(taken)), sum(taken)
