@@ -406,8 +406,9 @@ def test_on_cuda_memory_is_what_is_resident_and_one_layer(checkpointing):
     resident, working, layer = peak_of("cuda")
     gc.collect()
     streaming, peak, _ = peak_of("cpu")
-    # One layer, and 512 bytes for each of its tensors: what the allocator rounds up to.
-    assert peak <= working + layer + 6 * 512
+    # One layer, 512 bytes for each of its tensors, which the allocator rounds up to, and of a block of more than 1 MiB what
+    # it does not split off: up to 1 MiB.
+    assert peak <= working + layer + 6 * 512 + 2**20
     assert resident - streaming >= 8 * layer
 
 

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qlite.dynamic8 import dynamic_levels_on
 from qlite.kernels import ptx, tiles
@@ -120,8 +121,12 @@ def _few_rows_kernel(
     rows, out_features, in_features, blocks, absmax_a_row, units,
     WARPS: tl.constexpr, RATIO: tl.constexpr, DOUBLE_QUANT: tl.constexpr, BIAS: tl.constexpr, PLAIN: tl.constexpr,
     TABLE: tl.constexpr, PAIRS: tl.constexpr, RAW: tl.constexpr, SCALES: tl.constexpr, PRODUCT: tl.constexpr,
-    SUM: tl.constexpr, LEVELS_AT: tl.constexpr, SUM_AT: tl.constexpr,
+    SUM: tl.constexpr, LEVELS_AT: tl.constexpr, SUM_AT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        # The next such kernel may take its place already, and waits there as this one does here.
+        gdc_wait()
+        gdc_launch_dependents()
     warp = (tl.arange(0, WARPS * 8) // 8)[:, None]
     lane_row = (tl.arange(0, WARPS * 8) % 8)[:, None]
     word = tl.arange(0, 16)[None, :]
@@ -205,7 +210,7 @@ def arguments(coded, bias: Tensor | None, block_size: int) -> tuple[list, dict]:
     pointers = [codes.view(torch.int32), absmax.contiguous(), scale, offset, dynamic, levels, bias]
     constants = {
         "RATIO": block_size // 64, "DOUBLE_QUANT": double_quant, "BIAS": bias is not None,
-        "PLAIN": tiles.plain(codes.device),
+        "PLAIN": tiles.plain(codes.device), "EARLY": tiles.early(codes.device),
     }  # fmt: skip
     return pointers, constants
 
@@ -228,6 +233,6 @@ def multiply(x: Tensor, coded, bias: Tensor | None, block_size: int, tile: Tile)
     _few_rows_kernel[(min(units, tile.programs),)](
         x, *pointers, y, rows, out_features, in_features, in_features // 64, coded[1].shape[1], units,
         WARPS=warps, **constants, **assembly, LEVELS_AT=ptx.PAIRS, SUM_AT=ptx.PAIRS + ptx.LEVELS, num_warps=warps, num_stages=1,
-        enable_fp_fusion=True,
+        enable_fp_fusion=True, launch_pdl=constants["EARLY"],
     )  # fmt: skip
     return y

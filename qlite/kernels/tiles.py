@@ -38,30 +38,35 @@ class Tile:
     width: int = 2
 
 
-#: Rows of x, up to which -> (programs a multiprocessor, Tile). A launch needs more than 48 KiB of Triton's own shared memory
-#: or, with the 33 KiB of ptx.table, no more than 48: Triton asks the driver for more only by its own.
-_FEW = (4, Tile("few rows", 4, 4))
+#: Rows of x, up to which, weights of the matrix, from which on -> Tile, its programs those of one multiprocessor. A launch
+#: needs more than 48 KiB of Triton's own shared memory or, with the 33 KiB of ptx.table, no more than 48: Triton asks the
+#: driver for more only by its own.
+_FEW = (4, 0, Tile("few rows", 4, 4))
 _HOPPER = [
     _FEW,  # 1 row: 24; 4 rows: 29 (bitsandbytes 134). 3 programs: 24, 30; 8 warps: 28; half by PRMT: 24.5
-    (16, Tile("small batch", 2, 4, 128, 16, stages=6)),  # 32; 3 stages, 3 programs: 31; tiles of 64: 40; of 256: 32
-    (32, Tile("small batch", 2, 4, 128, 32, stages=4)),
-    (64, Tile("small batch", 1, 8, 128, 64, stages=3, sort=True)),  # 44; 4 warps: 59; tiles of 256: 46; scaled: 48
-    (128, Tile("small batch", 1, 8, 128, 128, stages=3, scaled=True, sort=True)),
-    (256, Tile("small batch", 1, 8, 128, 256, stages=3, two=False, scaled=True, sort=True)),  # 104; tile_m 128: 114
+    (16, 0, Tile("small batch", 2, 4, 128, 16, stages=6)),  # 32; 3 stages, 3 programs: 31; tiles of 64: 40; of 256: 32
+    (32, 0, Tile("small batch", 2, 4, 128, 32, stages=4)),
+    (64, 0, Tile("small batch", 1, 8, 128, 64, stages=3, sort=True)),  # 44; 4 warps: 59; tiles of 256: 46; scaled: 48
+    (128, 40_000_000, Tile("small batch", 1, 8, 128, 128, stages=3, scaled=True, sort=True)),
+    # 104; tile_m of 128: 114. query_key_value, 4672 x 4544: 50, where decoding and cuBLAS take 35.
+    (256, 40_000_000, Tile("small batch", 1, 8, 128, 256, stages=3, two=False, scaled=True, sort=True)),
 ]
 #: Not measured; no larger tile fits the 99 KiB of shared memory of capability 8.6 and 8.9.
 _AMPERE = [
     _FEW,
-    (16, Tile("small batch", 1, 4, 128, 16, stages=5, width=4)),
-    (32, Tile("small batch", 1, 4, 128, 32, stages=4, width=4)),
+    (16, 0, Tile("small batch", 1, 4, 128, 16, stages=5, width=4)),
+    (32, 0, Tile("small batch", 1, 4, 128, 32, stages=4, width=4)),
 ]
 #: The interpreter, where the tests are: small tiles, every branch.
 _INTERPRETED = [
     _FEW,
-    (16, Tile("small batch", 3, 4, 64, 16, stages=1)),
-    (32, Tile("small batch", 2, 4, 64, 16, stages=1, two=False, width=4)),
-    (64, Tile("small batch", 2, 4, 64, 32, stages=1, scaled=True, sort=True)),
+    (16, 0, Tile("small batch", 3, 4, 64, 16)),
+    (32, 0, Tile("small batch", 2, 4, 64, 16, two=False, width=4)),
+    (64, 0, Tile("small batch", 2, 4, 64, 32, scaled=True, sort=True)),
 ]
+#: Of a weight that is decoded for cuBLAS: rows of the weight at a time, for up to so many rows of x. What a panel of it
+#: leaves in the L2 cache is read from there.
+PANEL_ROWS, PANELS_UP_TO = 4544, 0
 
 
 @functools.cache
@@ -77,7 +82,12 @@ def plain(device: torch.device) -> bool:
     return _properties(device)[0] < (8, 0)
 
 
-def table(capability: tuple[int, int]) -> list[tuple[int, Tile]]:
+def early(device: torch.device) -> bool:
+    """Whether a kernel may be put in its place before the one that it waits for has ended: from capability 9.0 on."""
+    return _properties(device)[0] >= (9, 0)
+
+
+def table(capability: tuple[int, int]) -> list[tuple[int, int, Tile]]:
     """Returns the tiles of a capability; (0, 0) is the interpreter. Below 8.0 tl.dot has no tensor cores."""
     if capability == (0, 0):
         return _INTERPRETED
@@ -86,12 +96,12 @@ def table(capability: tuple[int, int]) -> list[tuple[int, Tile]]:
     return _AMPERE if capability[0] == 8 else [_FEW]
 
 
-def linear_nf4(rows: int, in_features: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tile | None:
-    """Returns how to multiply `rows` rows by a weight of `in_features` columns, or None: decode it, and cuBLAS."""
-    if rows == 0 or in_features % 64 or block_size % 64 or dtype not in (torch.float16, torch.bfloat16):
+def linear_nf4(rows: int, shape: tuple[int, int], block_size: int, dtype: torch.dtype, device: torch.device) -> Tile | None:
+    """Returns how to multiply `rows` rows by a weight of `shape` (out_features, in_features), or None: decode it, and cuBLAS."""
+    if rows == 0 or shape[1] % 64 or block_size % 64 or dtype not in (torch.float16, torch.bfloat16):
         return None
     capability, multiprocessors = _properties(device)
-    for most, tile in table(capability):
-        if rows <= most:
+    for most, least, tile in table(capability):
+        if rows <= most and shape[0] * shape[1] >= least:
             return dataclasses.replace(tile, programs=tile.programs * multiprocessors)
     return None

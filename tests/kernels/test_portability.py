@@ -110,7 +110,8 @@ def linear_nf4(module, kernel, tile, signature, constants, dtype, double_quant, 
         "out_features": "i32", "in_features": "i32", "blocks": "i32", "absmax_a_row": "i32",
     }  # fmt: skip
     constants = {
-        "RATIO": 1, "DOUBLE_QUANT": double_quant, "BIAS": bias, "WARPS": tile.warps, "LEVELS_AT": ptx.PAIRS, **constants,
+        "RATIO": 1, "DOUBLE_QUANT": double_quant, "BIAS": bias, "WARPS": tile.warps, "LEVELS_AT": ptx.PAIRS,
+        "EARLY": min(rest["capabilities"]) >= 90, **constants,
         **({} if bias else {"bias_ptr": None}),
     }  # fmt: skip
     signature = {"x_ptr": name, **shared, **signature}
@@ -121,7 +122,7 @@ def linear_nf4(module, kernel, tile, signature, constants, dtype, double_quant, 
 
 
 def few_rows(dtype=torch.bfloat16, double_quant=True, bias=False, plain=False, **rest):
-    tile = tiles.table((9, 0))[0][1]
+    tile = tiles.table((9, 0))[0][2]
     assembly = {
         "TABLE": ptx.table(tile.warps, dtype, double_quant, exchange=True), "PAIRS": ptx.pairs(), "PRODUCT": ptx.product(dtype),
         "RAW": ptx.raw_scales(double_quant), "SCALES": ptx.scales(double_quant), "SUM": ptx.sum_of_warps(tile.warps),
@@ -149,7 +150,7 @@ def small_batch(tile, dtype=torch.bfloat16, double_quant=True, bias=False, **res
 TENSOR_CORES = tuple(capability for capability in CAPABILITIES if capability >= 80)
 #: Instructions a weight. 256 rows: two registers spill before the loop; with half the rows a tile it takes a tenth longer.
 BUDGETS = {16: 3.2, 32: 3.8, 64: 5.4, 128: 6.1, 256: 8.6}
-HOPPER, AMPERE = dict(tiles.table((9, 0))[1:]), dict(tiles.table((8, 6))[1:])
+HOPPER, AMPERE = ({most: tile for most, _, tile in tiles.table(of)[1:]} for of in ((9, 0), (8, 6)))
 VARIANTS = {
     "dequantize": dequantize(budget=9.2),
     "dequantize, absmax in float32": dequantize(absmax="*fp32", budget=7.1),
@@ -178,6 +179,7 @@ VARIANTS = {
         "_absmax_quantize_kernel", ABSMAX, {"ABSMAX_BLOCK": 256, "GROUPS": 8, "PARTS": 1024, "parts": 1}
     ),
     "few rows": few_rows(capabilities=TENSOR_CORES, budget=2.7),
+    "few rows, in their place early": few_rows(capabilities=(90, 100), budget=2.7),
     "few rows, float16, absmax in float32, bias": few_rows(torch.float16, False, True, capabilities=TENSOR_CORES),
     "few rows without tensor cores": few_rows(torch.float16, plain=True, loop=False, capabilities=(75,)),
     "few rows without tensor cores, absmax in float32": few_rows(
