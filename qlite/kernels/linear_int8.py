@@ -70,11 +70,11 @@ def few_rows_tile(rows: int, out_features: int, in_features: int, capability: tu
     return FewRows(out, width, 64, shares, 8 if wide else 4, stages)
 
 
-def many_rows_tile(rows: int, in_features: int, capability: tuple[int, int]) -> ManyRows:
-    """Returns the cut of a product of codes, from sm_80 on."""
+def many_rows_tile(rows: int, aligned: bool, capability: tuple[int, int]) -> ManyRows:
+    """Returns the cut of a product of codes, whose rows all begin at a multiple of 16 bytes or not, from sm_80 on."""
     if capability[0] != 9:
         return ManyRows(128, 128, 64, 8, 8, 3, False)
-    if in_features % 16:
+    if not aligned:
         return ManyRows(128, 128, 64, 8, 8, 3, False)
     return ManyRows(128, 256 if rows > 512 else 128, 128, 8, 8, 3, True)
 
@@ -151,7 +151,7 @@ def _store_product(
     tl.store(y_ptr + row.to(tl.int64)[:, None] * out_features + column[None, :], value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one kernel for every batch size
 def _product_kernel(
     x_ptr, codes_ptr, x_absmax_ptr, absmax_ptr, bias_ptr, y_ptr, rows, out_features, in_features,
     ROWS: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
@@ -177,7 +177,7 @@ def _product_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles", "programs"])
 def _product_by_map_kernel(
     x_map, codes_map, x_absmax_ptr, absmax_ptr, bias_ptr, y_ptr, rows, out_features, in_features, tiles, programs,
     ROWS: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
@@ -227,7 +227,7 @@ def _decoded_words(word, kind: tl.constexpr, ASSEMBLY: tl.constexpr):
     return tl.join(first, second)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps"])
 def _few_rows_kernel(
     x_ptr, words_ptr, absmax_ptr, bias_ptr, y_ptr, parts_ptr, rows, out_features, in_features, row_stride, steps,
     OUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, WHOLE: tl.constexpr,
@@ -276,7 +276,7 @@ def _few_rows_kernel(
         tl.store(parts_ptr + share.to(tl.int64) * rows * out_features + place, sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _join_shares_kernel(
     parts_ptr, absmax_ptr, bias_ptr, y_ptr, rows, out_features,
     SHARES: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, ROUND_BFLOAT16: tl.constexpr,
@@ -439,7 +439,7 @@ def linear_dynamic(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None
     capability = _capability(x.device)
     x_codes, x_absmax = quantize_rows(x)
     if capability >= (8, 0):
-        tile = many_rows_tile(x.shape[0], codes.shape[1], capability)
+        tile = many_rows_tile(x.shape[0], codes.shape[1] % 16 == 0 and _address(codes), capability)
         return product(x_codes, x_absmax, codes, absmax, bias, x.dtype, tile)
     finite = torch.where(x_absmax < torch.inf, x_absmax, torch.nan)
     return torch.nn.functional.linear(dequantize(x_codes, finite, x.dtype), dequantize(codes, absmax, x.dtype), bias)
