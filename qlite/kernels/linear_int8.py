@@ -56,12 +56,15 @@ class ManyRows(NamedTuple):
     tensor_maps: bool
 
 
-ONE_ROW = OneRow(8, 512, 4, 1)
+ONE_ROW = OneRow(8, 512, 4, 5)
 
 
 def few_rows_tile(rows: int, out_features: int, in_features: int, capability: tuple[int, int]) -> FewRows:
     """Returns the cut of a weight-only product of up to 64 rows, from sm_80 on."""
     width = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if width == 16 and capability[0] == 9:
+        shares = max(1, min(1136 // triton.cdiv(out_features, 64), triton.cdiv(in_features, 128) // 4, 8))
+        return FewRows(64, 16, 128, shares, 4, 4)
     wide = width == 64 and capability >= (9, 0)
     out, stages = 256 if wide else 128, 5 if capability in ((8, 0), (9, 0), (10, 0)) else 3
     tiles, steps = triton.cdiv(out_features, out), triton.cdiv(in_features, 64)
@@ -72,9 +75,9 @@ def few_rows_tile(rows: int, out_features: int, in_features: int, capability: tu
 
 def many_rows_tile(rows: int, aligned: bool, capability: tuple[int, int]) -> ManyRows:
     """Returns the cut of a product of codes, whose rows all begin at a multiple of 16 bytes or not, from sm_80 on."""
+    if not aligned:  # bytes one by one: larger tiles do not fit in a thread's registers
+        return ManyRows(64, 128, 64, 8, 8, 3, False)
     if capability[0] != 9:
-        return ManyRows(128, 128, 64, 8, 8, 3, False)
-    if not aligned:
         return ManyRows(128, 128, 64, 8, 8, 3, False)
     return ManyRows(128, 256 if rows > 512 else 128, 128, 8, 8, 3, True)
 

@@ -62,7 +62,7 @@ class Code:
     Attributes:
         sass: as nvdisasm writes it. registers: of a thread.
         stack: bytes of stack of a thread. shared: of a program's shared memory that Triton asks for at the launch.
-        table: of shared memory that inline PTX declares, and what the driver keeps of it.
+        table: of shared memory that inline PTX declares.
         error: the compiler's words where it does not compile; raised as soon as its instructions are asked for.
     """
 
@@ -191,7 +191,8 @@ def _compile(build: Build) -> Code:
             for tool, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
         )
     used = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED")}
-    return Code(sass, used["REG"], used["STACK"], result.metadata.shared, used["SHARED"])
+    table = max(0, used["SHARED"] - (1024 if build.capability >= 90 else 0))  # what the driver keeps for itself
+    return Code(sass, used["REG"], used["STACK"], result.metadata.shared, table)
 
 
 def main() -> None:

@@ -1,0 +1,131 @@
+"""What qlite/kernels/tiles.py was chosen by: each of its tiles beside others, and panels of a decoded weight.
+
+    python -m benchmarks.tiles                 # about half a minute on an H200
+    python -m benchmarks.tiles --rows 1,16
+
+Times in CUDA graphs over weights rotated past the L2 cache. `early`: whether a launch may overlap with the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from unittest import mock
+
+import torch
+
+from benchmarks.common import (
+    FAILURES,
+    SHAPES,
+    coded_bytes,
+    coded_weights,
+    cuda_graph_time,
+    need_gpu,
+    random_bf16,
+    record,
+    rotation,
+    told,
+)
+
+FALCON = SHAPES["falcon7b"]
+LAYERS = ("dense_h_to_4h", "query_key_value", "dense_4h_to_h")
+ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048)
+#: (warps, programs a multiprocessor, overlap)
+FEW = ((4, 4, True), (4, 4, False), (4, 3, True), (4, 5, True), (8, 2, True), (8, 3, True))
+#: Rows of x -> (programs, warps, tile_n, tile_m, stages, two, scaled, sort)
+BATCH = {
+    16: (
+        (2, 4, 128, 16, 6, True, False, False),
+        (2, 4, 128, 16, 5, True, False, False),
+        (3, 4, 128, 16, 5, True, False, False),
+        (2, 8, 256, 16, 4, True, False, False),
+        (3, 4, 64, 16, 10, True, False, False),
+    ),
+    32: (
+        (2, 4, 128, 32, 4, True, False, False),
+        (1, 8, 128, 32, 4, True, False, True),
+        (2, 8, 128, 32, 4, True, False, True),
+        (2, 4, 128, 32, 4, True, False, True),
+    ),
+    64: (
+        (1, 8, 128, 64, 3, True, False, True),
+        (2, 8, 128, 64, 3, True, False, True),
+        (1, 8, 128, 64, 4, True, False, True),
+        (1, 8, 256, 64, 3, True, False, True),
+        (2, 4, 128, 64, 3, True, True, True),
+    ),
+    128: ((1, 8, 128, 128, 3, True, True, True), (1, 8, 128, 128, 3, False, True, True)),
+    256: (
+        (1, 8, 128, 256, 3, False, True, True),
+        (1, 8, 128, 256, 4, False, True, True),
+        (1, 8, 128, 256, 2, True, True, True),
+        (1, 8, 128, 128, 3, True, True, True),
+    ),
+}
+#: Rows of a decoded weight at a time; 0: all.
+PANELS = (0, 2304, 4544, 9088)
+
+
+def tiles_of(rows: int):
+    """Yields (tile, whether launches overlap) of what is tried for a number of rows."""
+    from qlite.kernels.tiles import Tile
+
+    multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    if rows <= 4:
+        for warps, programs, early in FEW:
+            yield Tile("few rows", programs * multiprocessors, warps), early
+    for programs, warps, tile_n, tile_m, stages, two, scaled, sort in BATCH.get(rows, ()):
+        yield Tile("small batch", programs * multiprocessors, warps, tile_n, tile_m, stages, two, scaled, sort), True
+
+
+def time_tiles(name: str, rows: int, note) -> None:
+    """Notes the time of each tile that is tried for a number of rows of a layer."""
+    from qlite.kernels import few_rows, small_batch, tiles
+
+    n, k = FALCON[name]
+    x, weights = random_bf16(rows, k), coded_weights(n, k, rotation(coded_bytes(n, k)))
+    for tile, early in tiles_of(rows):
+        multiply = few_rows.multiply if tile.method == "few rows" else small_batch.multiply
+        row = {"layer": name, "rows": rows, **dataclasses.asdict(tile), "early": early}
+        with mock.patch.object(tiles, "early", lambda device, early=early: early):
+            try:
+                us = cuda_graph_time([functools.partial(multiply, x, coded, None, 64, tile) for coded in weights])
+            except FAILURES as error:
+                print(name, rows, tile, told(error), flush=True)
+                continue
+        note({**row, "us": round(us, 1)})
+
+
+def time_panels(name: str, rows: int, note) -> None:
+    """Notes the time of decoding and multiplying by panels of the weight, and of cuBLAS alone."""
+    from qlite.kernels import linear_nf4, tiles
+
+    n, k = FALCON[name]
+    x, weights = random_bf16(rows, k), coded_weights(n, k, rotation(coded_bytes(n, k)))
+    dense = [random_bf16(n, k) for _ in range(2)]
+    cublas = cuda_graph_time([functools.partial(torch.mm, x, weight.T) for weight in dense])
+    for panel in PANELS:
+        with mock.patch.multiple(tiles, PANEL_ROWS=panel or n, PANELS_UP_TO=rows if panel else 0):
+            us = cuda_graph_time([functools.partial(linear_nf4.linear, x, *coded, None, n, 64) for coded in weights])
+        note({"layer": name, "rows": rows, "panel_rows": panel, "us": round(us, 1), "cublas_us": round(cublas, 1)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles", description="What tiles.py was chosen by.")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+    parser.add_argument("--layers", default=",".join(LAYERS), help=f"of {','.join(LAYERS)} (all)")
+    parser.add_argument("--commit", help="what to call the tree where it is no git checkout")
+    arguments = parser.parse_args()
+    need_gpu("tiles")
+    note = functools.partial(record, "tiles", commit=arguments.commit)
+    with torch.inference_mode():
+        for rows in map(int, arguments.rows.split(",")):
+            for name in arguments.layers.split(","):
+                time_tiles(name, rows, note)
+                if rows > 256:
+                    time_panels(name, rows, note)
+
+
+if __name__ == "__main__":
+    main()
