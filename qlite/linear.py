@@ -199,12 +199,14 @@ class Linear4bit(QuantizedLinear):
 class Linear8bit(QuantizedLinear):
     """`x @ weight.T + bias` over a row-wise absmax int8 weight; gradients flow to x and bias, the weight has none.
 
+    More than 64 rows of x in 16 bits are encoded too, row by row, and integers multiplied; see int8.is_dynamic.
+
     State: `weight` int8 (out, in); `absmax` float32 (out, 1); `bias`.
 
     Args:
         in_features, out_features, bias, device, dtype: as in nn.Linear.
 
-    Source: LLM.int8() (arXiv 2208.07339), section 2.1.
+    Source: LLM.int8() (arXiv 2208.07339), sections 2.1 and 3.1.
 
     Example:
         >>> layer = qlite.Linear8bit(128, 64).quantize_(torch.randn(64, 128))

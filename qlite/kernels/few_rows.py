@@ -43,6 +43,15 @@ def _decoded_absmax(index, mask, offset, absmax_ptr, scale_ptr, dynamic_ptr, DOU
 
 
 @triton.jit
+def _rows_of(unit, lane_row, word, out_features, blocks, absmax_a_row):
+    """Returns where the words of rows g and g + 8 of a unit begin, and their absmax. Rows beyond the last are the last."""
+    low = tl.minimum(unit * 16 + lane_row, out_features - 1)
+    high = tl.minimum(unit * 16 + 8 + lane_row, out_features - 1)
+    starts = (low * absmax_a_row, high * absmax_a_row)
+    return low.to(tl.int64) * (blocks * 8) + word, high.to(tl.int64) * (blocks * 8) + word, starts
+
+
+@triton.jit
 def _load_chunk(
     chunk, word, end, blocks, first, second, absmax_starts, x_used, codes_ptr, x_ptr, absmax_ptr, scale_ptr,
     RATIO: tl.constexpr, RAW: tl.constexpr,
@@ -134,20 +143,25 @@ def _few_rows_kernel(
     offset = 0.0
     if DOUBLE_QUANT:
         offset = tl.load(offset_ptr)
+    first_unit = tl.program_id(0)
     if not PLAIN:
+        x_used = (word // 8 == lane_row // 4) & (lane_row % 4 < rows)
+        x_at = x_ptr + (lane_row % 4) * (in_features // 2) + (word // 4) * 16 + word % 4
+        # The first chunk is under way while the table is filled.
+        first, second, starts = _rows_of(first_unit, lane_row, word, out_features, blocks, absmax_a_row)
+        here = _load_chunk(
+            warp, word, end, blocks, first, second, starts, x_used, codes_ptr, x_at, absmax_ptr, scale_ptr, RATIO, RAW
+        )
         table = tl.inline_asm_elementwise(TABLE, "=r,l,l", [levels_ptr, dynamic_ptr], dtype=tl.int32, is_pure=False, pack=1)
         lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
         dynamic = table - lane * 4 + LEVELS_AT
         # Threads that did not hold the rows and words that the PTX takes for granted would give numbers, wrong ones.
         fits = lane == lane_row * 4 + word // 4
-        x_used = (word // 8 == lane_row // 4) & (lane_row % 4 < rows)
-        x_at = x_ptr + (lane_row % 4) * (in_features // 2) + (word // 4) * 16 + word % 4
-    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
+    for unit in range(first_unit, units, tl.num_programs(0)):
         row = unit * 16
-        # Rows beyond the last are read as the last, and not written.
-        low = tl.minimum(row + lane_row, out_features - 1)
-        high = tl.minimum(row + 8 + lane_row, out_features - 1)
         if PLAIN:
+            low = tl.minimum(row + lane_row, out_features - 1)
+            high = tl.minimum(row + 8 + lane_row, out_features - 1)
             low_sum = tl.zeros([WARPS * 8, 16, 4], dtype=tl.float32)
             high_sum = tl.zeros([WARPS * 8, 16, 4], dtype=tl.float32)
             for first in range(0, end, WARPS):
@@ -168,12 +182,6 @@ def _few_rows_kernel(
             total = both
             mask = (place < out_features) & (m < rows)
         else:
-            starts = (low * absmax_a_row, high * absmax_a_row)
-            first = low.to(tl.int64) * (blocks * 8) + word
-            second = high.to(tl.int64) * (blocks * 8) + word
-            here = _load_chunk(
-                warp, word, end, blocks, first, second, starts, x_used, codes_ptr, x_at, absmax_ptr, scale_ptr, RATIO, RAW
-            )
             total = tl.zeros([WARPS * 8, 16], dtype=tl.float32)
             for chunk in range(0, end, 2 * WARPS):
                 # Two chunks take turns, so that one is under way while the other is multiplied.
@@ -187,6 +195,13 @@ def _few_rows_kernel(
                     codes_ptr, x_at, absmax_ptr, scale_ptr, RATIO, RAW,
                 )  # fmt: skip
                 total = _add_chunk(total, there, table, dynamic, offset, PAIRS, SCALES, PRODUCT)
+            # The next rows' first chunk is under way while these are added up; after the last rows nothing is.
+            after = unit + tl.num_programs(0)
+            first, second, starts = _rows_of(min(after, units - 1), lane_row, word, out_features, blocks, absmax_a_row)
+            here = _load_chunk(
+                warp + end * (after // units), word, end, blocks, first, second, starts, x_used,
+                codes_ptr, x_at, absmax_ptr, scale_ptr, RATIO, RAW,
+            )  # fmt: skip
             total = tl.inline_asm_elementwise(
                 SUM, "=&f,=&f,=&f,=&f,f,f,f,f,r,r,r,r", [total, dynamic + (SUM_AT - LEVELS_AT)],
                 dtype=tl.float32, is_pure=False, pack=4,
