@@ -103,12 +103,14 @@ def _store_entry(j: int, first: int, kind: str, wide: bool) -> str:
         shl.b32 turn, turn, 4;{turns}"""
 
 
+@functools.cache
 def pairs() -> str:
     """$0 to $3: the pairs of bytes 0 to 3 of the word $4; $5: the table of this thread."""
     look = "".join(f"dp4a.u32.u32 a, $4, {0x80 << 8 * j}, $5; ld.shared.b32 ${j}, [a];\n" for j in range(4))
     return "{ .reg .u32 a;\n" + look + "}"
 
 
+@functools.cache
 def scaled_pairs(dtype: torch.dtype) -> str:
     """As `pairs`, from the wide table: each pair times the scale $6 in float32, then rounded to `dtype`."""
     look = "".join(
@@ -123,11 +125,13 @@ def scaled_pairs(dtype: torch.dtype) -> str:
     return "{ .reg .u32 a; .reg .f32 f, g;\n" + look + "}"
 
 
+@functools.cache
 def level_of_absmax() -> str:
     """$0: the level of the 8-bit absmax $1; $2: the table of levels."""
     return "{ .reg .u32 a; mad.lo.u32 a, $1, 4, $2; ld.shared.f32 $0, [a]; }"
 
 
+@functools.cache
 def product(dtype: torch.dtype) -> str:
     """Sixteen rows of weights by eight columns of x, over the 128 columns that four threads hold 32 each.
 
@@ -148,6 +152,7 @@ def product(dtype: torch.dtype) -> str:
     return "{ .reg .f32 zero, h0, h1, h2, h3; mov.f32 zero, 0f00000000;\n" + "\n".join(lines) + "\n}"
 
 
+@functools.cache
 def raw_scales(double_quant: bool) -> str:
     """Reads what the scales of rows g and g + 8 are made of: $0, $1 absmax, $2, $3 their groups' scales (as bits).
 
@@ -162,6 +167,7 @@ def raw_scales(double_quant: bool) -> str:
     return "{ .reg .u64 p; .reg .u32 i; .reg .u16 h;\n" + parts + "}"
 
 
+@functools.cache
 def scales(double_quant: bool) -> str:
     """$0 and $1: the scale of row g, $2 and $3: of row g + 8, of raw_scales' $4 to $7; $8: table, $12: offset."""
     if not double_quant:
@@ -170,6 +176,7 @@ def scales(double_quant: bool) -> str:
     return "{ .reg .u32 a; .reg .f32 f, g;\n" + row.format(4, 6, 0, 1) + row.format(5, 7, 2, 3) + "}"
 
 
+@functools.cache
 def sum_of_warps(warps: int) -> str:
     """$0 to $3: $4 to $7 summed over the warps, in their order, and over threads t and t + 2; $8: the exchange area.
 

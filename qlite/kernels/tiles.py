@@ -96,6 +96,7 @@ def table(capability: tuple[int, int]) -> list[tuple[int, int, Tile]]:
     return _AMPERE if capability[0] == 8 else [_FEW]
 
 
+@functools.lru_cache(4096)
 def linear_nf4(rows: int, shape: tuple[int, int], block_size: int, dtype: torch.dtype, device: torch.device) -> Tile | None:
     """Returns how to multiply `rows` rows by a weight of `shape` (out_features, in_features), or None: by cuBLAS."""
     if rows == 0 or shape[1] % 64 or block_size % 64 or dtype not in (torch.float16, torch.bfloat16):
