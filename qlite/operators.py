@@ -75,5 +75,10 @@ def grad_bias(ctx, grad: Tensor, position: int) -> Tensor | None:
 
 
 def on_cuda(name: str, kernel: Callable) -> None:
-    """Has `kernel` run for CUDA tensors."""
-    library.impl(name, kernel, "CUDA")
+    """Has `kernel` run for CUDA tensors, on the device of the first: Triton launches on the current one."""
+
+    def run(first: Tensor, *others):
+        with torch.cuda.device(first.device):
+            return kernel(first, *others)
+
+    library.impl(name, run, "CUDA")
