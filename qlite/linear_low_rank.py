@@ -42,7 +42,7 @@ def _linear_nf4_plus_grad_fake(grad, codes, absmax, absmax_scale, absmax_offset,
     return grad.new_empty((*grad.shape[:-1], down.shape[1]))
 
 
-def _linear_nf4_grad(grad, codes, absmax, absmax_scale, absmax_offset, levels, out_features, block_size, in_features) -> Tensor:
+def _linear_nf4_grad(grad, in_features, codes, absmax, absmax_scale, absmax_offset, levels, out_features, block_size) -> Tensor:
     coded = (codes, absmax, absmax_scale, absmax_offset, levels)
     return ops._apply_linear_nf4_grad(grad, *coded, in_features, block_size)
 
@@ -89,7 +89,11 @@ def _linear_int8_plus_grad(grad, codes, absmax, low, down, mask, keep) -> Tensor
     return grad_x.add_(low_rank.masked(torch.mm(low, down), mask, keep).view(grad_x.shape))
 
 
-_int8 = low_rank.together(_linear_int8_plus, _linear_int8_plus_grad, ops._apply_linear_int8_grad, tensors=2)
+def _linear_int8_grad(grad: Tensor, in_features: int, codes: Tensor, absmax: Tensor) -> Tensor:
+    return ops._apply_linear_int8_grad(grad, codes, absmax)
+
+
+_int8 = low_rank.together(_linear_int8_plus, _linear_int8_plus_grad, _linear_int8_grad, tensors=2)
 
 
 def linear_int8_low_rank(

@@ -90,7 +90,7 @@ def together(plus: Callable[..., Tensor], plus_grad: Callable[..., Tensor], grad
     Args:
         plus: (x, *parts, bias, low, up) as `linear` has it, for the weight that the parts hold.
         plus_grad: (grad, *parts, low, down, mask, keep) as `linear_grad` has it.
-        grad_x: (grad, *parts), the gradient of x without an update, differentiable.
+        grad_x: (grad, in_features, *parts), the gradient of x without an update, differentiable.
         tensors: how many of the parts, from the first, are tensors or None; the others are numbers.
     """
 
@@ -108,6 +108,11 @@ def together(plus: Callable[..., Tensor], plus_grad: Callable[..., Tensor], grad
 
         @staticmethod
         def backward(ctx, grad):
+            # A backward pass inside of autocast is a mistake that is easily made; in place its casts would be errors.
+            kind = grad.device.type
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    return Together.backward(ctx, grad)
             x, a, b, low, down, up, mask, *coded = ctx.saved_tensors
             parts, wanted = (*coded, *ctx.numbers), ctx.needs_input_grad
             of_x = of_a = of_b = of_bias = None
@@ -135,7 +140,7 @@ def _differentiable(ctx, grad: Tensor, grad_x: Callable[..., Tensor], x, a, b, m
     dropped = x if mask is None else x * mask * ctx.keep
     back = grad @ up
     of_low = back @ down if mask is None else back @ down * mask * ctx.keep
-    of_x = grad_x(grad, *parts) + of_low if ctx.needs_input_grad[0] else None
+    of_x = grad_x(grad, x.shape[-1], *parts) + of_low if ctx.needs_input_grad[0] else None
     of_a = (_rows(back).T @ _rows(dropped)).to(a.dtype) if ctx.needs_input_grad[1] else None
     of_b = (_rows(grad).T @ _rows(dropped @ down.T)).to(b.dtype) * ctx.scaling if ctx.needs_input_grad[2] else None
     return of_x, of_a, of_b
@@ -150,7 +155,7 @@ def _scaled(b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     return torch.mul(b, scaling, out=torch.empty_like(b, dtype=dtype))
 
 
-def _dense_grad(grad: Tensor, weight: Tensor) -> Tensor:
+def _dense_grad(grad: Tensor, in_features: int, weight: Tensor) -> Tensor:
     return grad @ weight
 
 
