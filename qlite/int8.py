@@ -4,7 +4,10 @@ Absmax spends the codes -127..127 on [-absmax, absmax]; zero-point spends all 25
 so zero is exact in both. Dettmers et al., LLM.int8() (arXiv 2208.07339), section 2 describes both. The row-wise absmax
 form is the weight of `Linear8bit` and the int8 layout of bitsandbytes (its SCB is our absmax).
 
-Not done here: outlier columns in 16 bits (section 3 of the paper), activations.
+A linear layer multiplies by such rows in two ways. `linear_weight_only` keeps the activations as they are; `linear_dynamic`
+encodes each row of them too, by its own absmax, so that integers are multiplied. `is_dynamic` alone says which is meant.
+
+Not done here: outlier columns in 16 bits (section 3 of the paper).
 """
 
 from __future__ import annotations
@@ -16,6 +19,11 @@ from torch import Tensor
 
 #: The smallest step of a zero-point group that is not all zeros: below the normal float32 a quotient loses its precision.
 SMALLEST_SCALE = 2.0**-126
+#: The most rows of 16-bit activations that are multiplied as they are. Up to here reading the weight takes the time, and
+#: integers would save none of it; see docs/numerics.md.
+WEIGHT_ONLY_ROWS = 64
+#: Columns whose products of two codes are summed exactly in a float32, and in an int32.
+_FLOAT32_COLUMNS, _INT32_COLUMNS = 2**24 // 127**2, (2**31 - 1) // 127**2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,8 +78,15 @@ def _spread(per_group: Tensor, columns: int, block_size: int) -> Tensor:
     return per_group.repeat_interleave(block_size, dim=1)[:, :columns]
 
 
+def _step(absmax: Tensor) -> Tensor:
+    """Returns absmax / 127, rounded once on every device: CUDA would multiply by the reciprocal of a Python number."""
+    return absmax / absmax.new_full((), 127.0)
+
+
 def quantize_absmax(x: Tensor, *, per_tensor: bool, block_size: int) -> tuple[Tensor, Tensor]:
     """Returns `(codes, absmax)`: `code = round_half_even(x * (127 / absmax))`; a group of zeros has codes and absmax 0.
+
+    127 / absmax is 127 times the float32 reciprocal, as in bitsandbytes.
 
     Args:
         x: (R, C) floating point, finite. per_tensor: one group for all of x. block_size: columns per group of a row.
@@ -85,7 +100,7 @@ def quantize_absmax(x: Tensor, *, per_tensor: bool, block_size: int) -> tuple[Te
     absmax = grouped.abs().amax(dim=2) if grouped.numel() else grouped.new_zeros(grouped.shape[:2])
     # 127 / absmax overflows for a tiny absmax: such a group is first scaled by 2^100, which changes no code.
     boost = torch.where(absmax < 2.0**-100, 2.0**100, 1.0)
-    factor = 127 / (absmax * boost).clamp(min=SMALLEST_SCALE)
+    factor = (absmax * boost).clamp(min=2.0**-100).reciprocal() * 127  # of a group of zeros: finite, for 0 * inf is NaN
     columns = x.shape[1]
     share = x.float() * _spread(boost, columns, block_size) * _spread(factor, columns, block_size)
     return share.round().clamp(-127, 127).to(torch.int8), absmax
@@ -93,7 +108,7 @@ def quantize_absmax(x: Tensor, *, per_tensor: bool, block_size: int) -> tuple[Te
 
 def dequantize_absmax(codes: Tensor, absmax: Tensor, block_size: int) -> Tensor:
     """Returns `code * (absmax / 127)` in float32, in that order, which cannot overflow; shapes as in `quantize_absmax`."""
-    return codes.float() * _spread(absmax / 127, codes.shape[1], block_size)
+    return codes.float() * _spread(_step(absmax), codes.shape[1], block_size)
 
 
 def quantize_zero_point(x: Tensor, *, per_tensor: bool, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,3 +138,44 @@ def dequantize_zero_point(codes: Tensor, scale: Tensor, zero_point: Tensor, bloc
     """Returns `(code - zero_point) * scale` in float32; shapes as in `quantize_zero_point`."""
     columns = codes.shape[1]
     return (codes.float() - _spread(zero_point, columns, block_size).float()) * _spread(scale, columns, block_size)
+
+
+def is_dynamic(x: Tensor) -> bool:
+    """Returns whether a linear layer encodes x (..., in_features): in 16 bits, and more than WEIGHT_ONLY_ROWS rows of it.
+
+    The rule looks at dtype and shape alone, so every device follows it. float32 and float64 are multiplied as they are.
+    """
+    in_16_bits = x.dtype in (torch.float16, torch.bfloat16)
+    return in_16_bits and x.shape[:-1].numel() > WEIGHT_ONLY_ROWS and x.shape[-1] <= _INT32_COLUMNS
+
+
+def linear_weight_only(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns `x @ weight.T + bias` over the weight decoded into the dtype of x; infinities and NaN go through.
+
+    Args:
+        x: (..., in_features) floating point. codes: int8 (out_features, in_features).
+        absmax: float32 (out_features, 1). bias: (out_features,), rounded to the dtype of x, or None.
+    """
+    weight = dequantize_absmax(codes, absmax, codes.shape[1]).to(x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def linear_dynamic(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns `((sum of code_x * code_w) * (absmax_x / 127)) * (absmax_w / 127) + bias`: the product of both as encoded.
+
+    The sum is exact; then each operation is rounded to float32 in this order, and the result once to the dtype of x. A row
+    of zeros gives the bias, a row that holds infinity or NaN gives NaN.
+
+    Args: as of linear_weight_only; at most 133,144 columns, whose sums an int32 holds.
+
+    Source: arXiv 2208.07339, section 3.1, "vector-wise quantization", eq. 6.
+    """
+    rows, columns = x.reshape(x.shape[:-1].numel(), x.shape[-1]), codes.shape[1]
+    x_codes, x_absmax = quantize_absmax(rows, per_tensor=False, block_size=max(columns, 1))
+    sums = torch.zeros(rows.shape[0], codes.shape[0], dtype=torch.int32, device=x.device)
+    for part in (slice(first, first + _FLOAT32_COLUMNS) for first in range(0, columns, _FLOAT32_COLUMNS)):
+        sums += (x_codes[:, part].float() @ codes[:, part].float().T).to(torch.int32)
+    y = sums.float() * torch.where(x_absmax < torch.inf, _step(x_absmax), torch.nan) * _step(absmax).T
+    if bias is not None:
+        y += bias.to(x.dtype).float()
+    return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])

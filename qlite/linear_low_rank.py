@@ -1,6 +1,6 @@
 """The seam's linear layers together with a low-rank update: low_rank.py over encoded weights.
 
-A second page of ops.py: what it declares is declared there, and no format or kernel is known here. The two ops of a 4-bit
+A second page of ops.py, which alone knows formats and kernels. The two ops of a 4-bit
 weight are whole for torch.compile's sake: of a decoded weight that it saw it would keep one from forward to backward.
 
     linear_nf4_plus:       x @ W.T + bias + low @ up.T
@@ -14,13 +14,23 @@ from torch import Tensor
 
 from qlite import low_rank, ops
 from qlite.nf4 import NF4Tensor
+from qlite.operators import declare
+
+
+def _decoded(coded, out_features: int, in_features: int, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Returns the weight (out_features, in_features), on CUDA in memory that the next call on this stream writes over."""
+    device = coded[0].device
+    if device.type != "cuda":
+        return ops._decoded(coded, out_features, in_features, block_size, dtype)
+    ops._check_rows_or_flat(coded, out_features, in_features, block_size)
+    return ops._kernels("linear_nf4", device).decoded(coded, out_features, in_features, block_size, dtype)
 
 
 def _linear_nf4_plus(x, codes, absmax, absmax_scale, absmax_offset, levels, out_features, block_size, bias, low, up) -> Tensor:
     coded = (codes, absmax, absmax_scale, absmax_offset, levels)
     if low.shape[0] <= low_rank.FEW_ROWS:
         return low_rank.add_update(torch.ops.qlite.linear_nf4(x, *coded, bias, out_features, block_size), low, up)
-    return low_rank.linear(x, ops._decoded(coded, out_features, x.shape[-1], block_size, x.dtype), bias, low, up)
+    return low_rank.linear(x, _decoded(coded, out_features, x.shape[-1], block_size, x.dtype), bias, low, up)
 
 
 def _linear_nf4_plus_fake(x, codes, absmax, absmax_scale, absmax_offset, levels, out_features, *rest) -> Tensor:
@@ -33,7 +43,7 @@ def _linear_nf4_plus_grad(
     coded = (codes, absmax, absmax_scale, absmax_offset, levels)
     if low.shape[0] <= low_rank.FEW_ROWS and mask is None:
         return low_rank.add_update(torch.ops.qlite.linear_nf4_grad(grad, *coded, down.shape[1], block_size), low, down.T)
-    weight = ops._decoded(coded, out_features, down.shape[1], block_size, grad.dtype)
+    weight = _decoded(coded, out_features, down.shape[1], block_size, grad.dtype)
     return low_rank.linear_grad(grad, weight, low, down, mask, keep)
 
 
@@ -47,12 +57,12 @@ def _linear_nf4_grad(grad, in_features, codes, absmax, absmax_scale, absmax_offs
     return ops._apply_linear_nf4_grad(grad, *coded, in_features, block_size)
 
 
-ops._declare(
+declare(
     f"linear_nf4_plus(Tensor x, {ops._CODED}, int out_features, int block_size, Tensor? bias, Tensor low, Tensor up) -> Tensor",
     _linear_nf4_plus,
     _linear_nf4_plus_fake,
 )
-ops._declare(
+declare(
     f"linear_nf4_plus_grad(Tensor grad, {ops._CODED}, int out_features, int block_size, Tensor low, Tensor down,"
     " Tensor? mask, float keep) -> Tensor",
     _linear_nf4_plus_grad,

@@ -10,84 +10,27 @@ The functions of this file (`quantize_nf4`, `linear_nf4`, ...) check their argum
 
 from __future__ import annotations
 
-import functools
+import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from qlite import int8, nf4
 from qlite.int8 import Int8Tensor
 from qlite.nf4 import NF4_LEVELS, NF4Tensor
+from qlite.operators import declare, differentiate, grad_bias, keep, on_cuda
 
 # find_spec, not try/except ImportError: a Triton that is installed but broken must be heard.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_library = torch.library.Library("qlite", "DEF")
 
 
-def _declare(schema: str, reference: Callable, fake: Callable) -> str:
-    """Declares the op of `schema` with its reference and fake implementation; returns its qualified name."""
-    name = schema[: schema.index("(")]
-    _library.define(schema)
-    _library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qlite::{name}", fake, lib=_library)
-    return f"qlite::{name}"
-
-
-def _differentiate(name: str, keep: Callable, backward: Callable, jvp: Callable) -> Callable:
-    """Gives an op that is linear in its first argument its gradients and a rule for vmap; returns what calls it.
-
-    What torch.library registers serves plain backward passes and torch.compile, but torch.func.grad refuses it and forward
-    mode loses the tangent without a word. An autograd.Function serves those two; torch.compile refuses one with a jvp.
-
-    Args:
-        keep: (ctx, inputs, output), saves what backward (ctx, grad) and jvp (ctx, *tangents) need.
-    """
-    op = getattr(torch.ops.qlite, name)
-    torch.library.register_autograd(f"qlite::{name}", backward, setup_context=keep, lib=_library)
-    torch.library.register_vmap(f"qlite::{name}", functools.partial(_vmap, op), lib=_library)
-    methods = {"forward": lambda *arguments: op(*arguments), "setup_context": keep, "backward": backward, "jvp": jvp}
-    members = {key: staticmethod(method) for key, method in methods.items()}
-    function = type(name, (torch.autograd.Function,), {**members, "generate_vmap_rule": True})
-
-    def call(*arguments) -> Tensor:
-        if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-            raise NotImplementedError(f"{name}: no forward mode inside torch.compile; call torch.func.jvp outside of it")
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return op(*arguments)
-        return function.apply(*arguments)
-
-    return call
-
-
-def _vmap(op: Callable, info, dims: tuple[int | None, ...], *arguments) -> tuple[Tensor, int]:
-    """Returns op over a batch: as more rows for one weight, and one after the other where each has a weight of its own."""
-    if dims[0] is not None and all(dim is None for dim in dims[1:]):
-        return op(arguments[0].movedim(dims[0], 0), *arguments[1:]), 0
-    each = [[a if dim is None else a.select(dim, i) for a, dim in zip(arguments, dims)] for i in range(info.batch_size)]
-    return torch.stack([op(*selected) for selected in each]), 0
-
-
-def _keep(ctx, *tensors: Tensor | None) -> None:
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-
-
-def _grad_bias(ctx, grad: Tensor, position: int) -> Tensor | None:
-    if ctx.bias_dtype is None or not ctx.needs_input_grad[position]:
-        return None
-    return grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
-
-
-def _kernels(device: torch.device):
-    """Returns the module of Triton kernels, imported at the first CUDA call; RuntimeError where Triton is missing."""
+def _kernels(name: str, device: torch.device):
+    """Returns a module of Triton kernels, imported at the first CUDA call; RuntimeError where Triton is missing."""
     if not _HAS_TRITON:
         raise RuntimeError(f"qlite's kernels need the package triton for tensors on {device}; pip install triton")
-    from qlite.kernels import nf4_codec
-
-    return nf4_codec
+    return importlib.import_module(f"qlite.kernels.{name}")
 
 
 # NF4: encode and decode.
@@ -114,7 +57,7 @@ _CODED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offs
 
 
 def _quantize_nf4_cuda(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return _kernels(weight.device).quantize(weight, levels, block_size)
+    return _kernels("nf4_codec", weight.device).quantize(weight, levels, block_size)
 
 
 def _quantize_nf4_fake(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -123,12 +66,12 @@ def _quantize_nf4_fake(weight: Tensor, levels: Tensor, block_size: int) -> tuple
     return codes, weight.new_empty((rows, nf4.blocks_per_row(columns, block_size)), dtype=torch.float32)
 
 
-_declare("quantize_nf4(Tensor weight, Tensor levels, int block_size) -> (Tensor, Tensor)", nf4.quantize, _quantize_nf4_fake)
-_library.impl("quantize_nf4", _quantize_nf4_cuda, "CUDA")
+declare("quantize_nf4(Tensor weight, Tensor levels, int block_size) -> (Tensor, Tensor)", nf4.quantize, _quantize_nf4_fake)
+on_cuda("quantize_nf4", _quantize_nf4_cuda)
 
 
 def _quantize_nf4_absmax_cuda(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(absmax.device).quantize_absmax(absmax)
+    return _kernels("nf4_codec", absmax.device).quantize_absmax(absmax)
 
 
 def _quantize_nf4_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,8 +79,8 @@ def _quantize_nf4_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(absmax, dtype=torch.uint8), absmax.new_empty(groups), absmax.new_empty(1)
 
 
-_declare("quantize_nf4_absmax(Tensor absmax) -> (Tensor, Tensor, Tensor)", nf4.quantize_absmax, _quantize_nf4_absmax_fake)
-_library.impl("quantize_nf4_absmax", _quantize_nf4_absmax_cuda, "CUDA")
+declare("quantize_nf4_absmax(Tensor absmax) -> (Tensor, Tensor, Tensor)", nf4.quantize_absmax, _quantize_nf4_absmax_fake)
+on_cuda("quantize_nf4_absmax", _quantize_nf4_absmax_cuda)
 
 
 def _dequantize_nf4(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
@@ -147,19 +90,21 @@ def _dequantize_nf4(codes, absmax, absmax_scale, absmax_offset, levels, in_featu
 
 def _dequantize_nf4_cuda(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
     _check_coded(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size)
-    return _kernels(codes.device).dequantize(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype)
+    return _kernels("nf4_codec", codes.device).dequantize(
+        codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype
+    )
 
 
 def _dequantize_nf4_fake(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
     return codes.new_empty((codes.shape[0], in_features), dtype=dtype)
 
 
-_declare(
+declare(
     f"dequantize_nf4({_CODED}, int in_features, int block_size, ScalarType dtype) -> Tensor",
     _dequantize_nf4,
     _dequantize_nf4_fake,
 )
-_library.impl("dequantize_nf4", _dequantize_nf4_cuda, "CUDA")
+on_cuda("dequantize_nf4", _dequantize_nf4_cuda)
 
 
 # NF4: the linear layer. The decoded weight lives for one product only; autograd keeps the bytes.
@@ -177,6 +122,17 @@ def _linear_nf4(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out
     return nf4.linear(x, _decoded(coded, out_features, x.shape[-1], block_size, x.dtype), bias)
 
 
+def _check_rows_or_flat(coded, out_features: int, in_features: int, block_size: int) -> None:
+    row = nf4.coded_row(coded[0].shape[0], torch.Size((out_features, in_features)))
+    _check_coded(*coded, row, block_size)
+
+
+def _linear_nf4_cuda(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out_features, block_size) -> Tensor:
+    coded = (codes, absmax, absmax_scale, absmax_offset, levels)
+    _check_rows_or_flat(coded, out_features, x.shape[-1], block_size)
+    return _kernels("linear_nf4", x.device).linear(x, *coded, bias, out_features, block_size)
+
+
 def _linear_nf4_fake(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out_features, block_size) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -186,13 +142,19 @@ def _linear_nf4_grad(grad, codes, absmax, absmax_scale, absmax_offset, levels, i
     return grad @ _decoded(coded, grad.shape[-1], in_features, block_size, grad.dtype)
 
 
+def _linear_nf4_grad_cuda(grad, codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size) -> Tensor:
+    coded = (codes, absmax, absmax_scale, absmax_offset, levels)
+    _check_rows_or_flat(coded, grad.shape[-1], in_features, block_size)
+    return _kernels("linear_nf4", grad.device).gradient(grad, coded, in_features, block_size)
+
+
 def _linear_nf4_grad_fake(grad, codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
 def _keep_for_linear_nf4(ctx, inputs, output) -> None:
     x, *coded, bias, ctx.out_features, ctx.block_size = inputs
-    _keep(ctx, *coded)
+    keep(ctx, *coded)
     ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
 
 
@@ -200,7 +162,7 @@ def _linear_nf4_backward(ctx, grad: Tensor):
     grad_x = None
     if ctx.needs_input_grad[0]:
         grad_x = _apply_linear_nf4_grad(grad, *ctx.saved_tensors, ctx.in_features, ctx.block_size)
-    return grad_x, None, None, None, None, None, _grad_bias(ctx, grad, 6), None, None
+    return grad_x, None, None, None, None, None, grad_bias(ctx, grad, 6), None, None
 
 
 def _linear_nf4_jvp(ctx, x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out_features, block_size) -> Tensor:
@@ -209,7 +171,7 @@ def _linear_nf4_jvp(ctx, x, codes, absmax, absmax_scale, absmax_offset, levels, 
 
 def _keep_for_linear_nf4_grad(ctx, inputs, output) -> None:
     grad, *coded, ctx.in_features, ctx.block_size = inputs
-    _keep(ctx, *coded)
+    keep(ctx, *coded)
     ctx.out_features = grad.shape[-1]
 
 
@@ -221,31 +183,56 @@ def _linear_nf4_grad_jvp(ctx, grad, *rest) -> Tensor:
     return _apply_linear_nf4_grad(grad, *ctx.saved_tensors, ctx.in_features, ctx.block_size)
 
 
-_declare(
+declare(
     f"linear_nf4(Tensor x, {_CODED}, Tensor? bias, int out_features, int block_size) -> Tensor",
     _linear_nf4,
     _linear_nf4_fake,
 )
-_declare(
+declare(
     f"linear_nf4_grad(Tensor grad, {_CODED}, int in_features, int block_size) -> Tensor",
     _linear_nf4_grad,
     _linear_nf4_grad_fake,
 )
-_apply_linear_nf4 = _differentiate("linear_nf4", _keep_for_linear_nf4, _linear_nf4_backward, _linear_nf4_jvp)
-_apply_linear_nf4_grad = _differentiate(
+on_cuda("linear_nf4", _linear_nf4_cuda)
+on_cuda("linear_nf4_grad", _linear_nf4_grad_cuda)
+_apply_linear_nf4 = differentiate("linear_nf4", _keep_for_linear_nf4, _linear_nf4_backward, _linear_nf4_jvp)
+_apply_linear_nf4_grad = differentiate(
     "linear_nf4_grad", _keep_for_linear_nf4_grad, _linear_nf4_grad_backward, _linear_nf4_grad_jvp
 )
 
 
-# int8: the linear layer over row-wise absmax codes.
+# int8: the linear layer over row-wise absmax codes. `dynamic` says whether x is encoded too (int8.is_dynamic): decided before
+# the op, where vmap shows one example; derivatives are those of the weight-only product, which is linear in x.
 
 
-def _linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
-    weight = dequantize_int8_rows(codes, absmax, x.dtype)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+def _dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return int8.dequantize_absmax(codes, absmax, codes.shape[1]).to(dtype)
 
 
-def _linear_int8_fake(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+def _dequantize_int8_cuda(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float64:
+        return _dequantize_int8(codes, absmax, dtype)
+    return _kernels("linear_int8", codes.device).dequantize(codes.contiguous(), absmax.contiguous(), dtype)
+
+
+def _dequantize_int8_fake(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+def _linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, dynamic: bool) -> Tensor:
+    return (int8.linear_dynamic if dynamic else int8.linear_weight_only)(x, codes, absmax, bias)
+
+
+def _linear_int8_cuda(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, dynamic: bool) -> Tensor:
+    if x.dtype == torch.float64:
+        return _linear_int8(x, codes, absmax, bias, dynamic)
+    kernels, rows = _kernels("linear_int8", x.device), x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    multiply = kernels.linear_dynamic if dynamic else kernels.linear_weight_only
+    y = multiply(rows, codes.contiguous(), absmax.contiguous(), None if bias is None else bias.to(x.dtype).contiguous())
+    return y.view(*x.shape[:-1], codes.shape[0])
+
+
+def _linear_int8_fake(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, dynamic: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
@@ -258,36 +245,41 @@ def _linear_int8_grad_fake(grad: Tensor, codes: Tensor, absmax: Tensor) -> Tenso
 
 
 def _keep_for_linear_int8(ctx, inputs, output) -> None:
-    _, codes, absmax, bias = inputs
-    _keep(ctx, codes, absmax)
+    _, codes, absmax, bias, _ = inputs
+    keep(ctx, codes, absmax)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_int8_backward(ctx, grad: Tensor):
     grad_x = _apply_linear_int8_grad(grad, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
-    return grad_x, None, None, _grad_bias(ctx, grad, 3)
+    return grad_x, None, None, grad_bias(ctx, grad, 3), None
 
 
-def _linear_int8_jvp(ctx, x, codes, absmax, bias) -> Tensor:
-    return _apply_linear_int8(x, *ctx.saved_tensors, bias)
+def _linear_int8_jvp(ctx, x, codes, absmax, bias, dynamic) -> Tensor:
+    return _apply_linear_int8(x, *ctx.saved_tensors, bias, False)
 
 
 def _keep_for_linear_int8_grad(ctx, inputs, output) -> None:
-    _keep(ctx, *inputs[1:])
+    keep(ctx, *inputs[1:])
 
 
 def _linear_int8_grad_backward(ctx, grad: Tensor):
-    return _apply_linear_int8(grad, *ctx.saved_tensors, None), None, None
+    return _apply_linear_int8(grad, *ctx.saved_tensors, None, False), None, None
 
 
 def _linear_int8_grad_jvp(ctx, grad, codes, absmax) -> Tensor:
     return _apply_linear_int8_grad(grad, *ctx.saved_tensors)
 
 
-_declare("linear_int8(Tensor x, Tensor codes, Tensor absmax, Tensor? bias) -> Tensor", _linear_int8, _linear_int8_fake)
-_declare("linear_int8_grad(Tensor grad, Tensor codes, Tensor absmax) -> Tensor", _linear_int8_grad, _linear_int8_grad_fake)
-_apply_linear_int8 = _differentiate("linear_int8", _keep_for_linear_int8, _linear_int8_backward, _linear_int8_jvp)
-_apply_linear_int8_grad = _differentiate(
+declare("dequantize_int8(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor", _dequantize_int8, _dequantize_int8_fake)
+declare(
+    "linear_int8(Tensor x, Tensor codes, Tensor absmax, Tensor? bias, bool dynamic) -> Tensor", _linear_int8, _linear_int8_fake
+)
+declare("linear_int8_grad(Tensor grad, Tensor codes, Tensor absmax) -> Tensor", _linear_int8_grad, _linear_int8_grad_fake)
+on_cuda("dequantize_int8", _dequantize_int8_cuda)
+on_cuda("linear_int8", _linear_int8_cuda)
+_apply_linear_int8 = differentiate("linear_int8", _keep_for_linear_int8, _linear_int8_backward, _linear_int8_jvp)
+_apply_linear_int8_grad = differentiate(
     "linear_int8_grad", _keep_for_linear_int8_grad, _linear_int8_grad_backward, _linear_int8_grad_jvp
 )
 
@@ -410,7 +402,7 @@ def _activation(x: Tensor, in_features: int, caller: str) -> Tensor:
         raise ValueError(f"{caller}: x has shape {tuple(x.shape)}; wanted (..., {in_features})")
     # A custom op is unknown to autocast: what autocast does to F.linear is done here. (Of a meta tensor it cannot be asked.)
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
 
@@ -439,11 +431,14 @@ def linear_nf4(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tens
 
 def dequantize_int8_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns row-wise absmax int8 weights (out_features, in_features) decoded into `dtype`."""
-    return int8.dequantize_absmax(codes, absmax, codes.shape[1]).to(dtype)
+    return torch.ops.qlite.dequantize_int8(codes, absmax, dtype)
 
 
 def linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns `x @ weight.T + bias` for row-wise absmax int8 weights, in the dtype of x, differentiable in x and bias.
+
+    More than 64 rows of 16-bit x are encoded too, each by its own absmax, and integers multiplied (int8.linear_dynamic);
+    anything else is multiplied as it is (int8.linear_weight_only). The gradient is that of the latter in both.
 
     Args:
         x: (..., in_features) floating point. codes: int8 (out_features, in_features).
@@ -451,7 +446,10 @@ def linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = 
 
     Raises:
         ValueError: the shapes do not fit. TypeError: x is not floating point.
+
+    Source: LLM.int8() (arXiv 2208.07339), section 3.1.
     """
     if absmax.shape != (codes.shape[0], 1):
         raise ValueError(f"linear_int8: absmax has shape {tuple(absmax.shape)}; wanted ({codes.shape[0]}, 1)")
-    return _apply_linear_int8(_activation(x, codes.shape[1], "linear_int8"), codes, absmax, bias)
+    x = _activation(x, codes.shape[1], "linear_int8")
+    return _apply_linear_int8(x, codes, absmax, bias, int8.is_dynamic(x))

@@ -6,6 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import qlite
+from qlite import int8
 from tests.strategies import DTYPES, weights
 
 EXAMPLE = [1.2, -0.5, -4.3, 1.2, -3.1, 0.8, 2.4, 5.4]
@@ -182,3 +183,102 @@ def test_bad_options_are_refused(options, words):
 def test_a_non_finite_value_is_refused():
     with pytest.raises(ValueError, match=r"non-finite.*\[0, 1\]"):
         qlite.quantize_int8(torch.tensor([[0.0, float("nan")]]))
+
+
+# Products with rows of codes.
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "expected"),
+    [
+        ((64, 32), torch.float16, False),
+        ((65, 32), torch.float16, True),
+        ((65, 32), torch.bfloat16, True),
+        ((5, 13, 32), torch.bfloat16, True),
+        ((4, 16, 32), torch.bfloat16, False),
+        ((32,), torch.bfloat16, False),
+        ((0, 32), torch.bfloat16, False),
+        ((500, 32), torch.float32, False),
+        ((500, 32), torch.float64, False),
+        ((65, 133144), torch.float16, True),
+        ((65, 133145), torch.float16, False),  # 127 * 127 * 133145 is beyond 2^31
+    ],
+)
+def test_activations_are_encoded_from_65_rows_of_16_bits_on(shape, dtype, expected):
+    assert int8.is_dynamic(torch.empty(shape, dtype=dtype, device="meta")) is expected
+    assert 127 * 127 * 133144 < 2**31 <= 127 * 127 * 133145
+
+
+@given(weights(dtypes=HALVES, max_exponent=4), st.integers(0, 40), st.booleans())
+def test_the_dynamic_product_is_that_of_both_decoded_operands(x, out, with_bias):
+    source = torch.Generator().manual_seed(out)
+    q = qlite.quantize_int8(torch.randn(out, x.shape[1], generator=source))
+    bias = torch.randn(out, generator=source).to(x.dtype) if with_bias else None
+    encoded = qlite.quantize_int8(x)
+    left = encoded.codes.double() * (encoded.absmax.double() / 127)
+    right = q.codes.double() * (q.absmax.double() / 127)
+    shift = torch.zeros(out).double() if bias is None else bias.double()
+    wanted, y = left @ right.T + shift, int8.linear_dynamic(x, q.codes, q.absmax, bias)
+    # In float32: of the sum, both scales, both products and the sum with the bias; then one rounding to the dtype.
+    dtype = torch.finfo(x.dtype)
+    allowed = 7 * 2**-24 * ((left @ right.T).abs() + shift.abs()) + dtype.eps / 2 * wanted.abs() * 1.01
+    assert y.dtype == x.dtype
+    assert bool(((y.double() - wanted).abs() <= allowed + dtype.eps * dtype.smallest_normal).all())
+
+
+@given(weights(dtypes=HALVES, max_exponent=4, rows=st.integers(1, 4), columns=st.integers(1, 300)))
+def test_encoding_the_activations_costs_half_a_step_of_each(x):
+    q = qlite.quantize_int8(torch.randn(9, x.shape[1], generator=torch.Generator().manual_seed(1)))
+    exact, magnitudes = (x.double() @ q.dequantize().double().T), q.dequantize().double().abs().sum(dim=1)
+    step = x.double().abs().amax(dim=1, keepdim=True) / 127
+    allowed = step * (0.5 + ROUNDING) * magnitudes + torch.finfo(x.dtype).eps * exact.abs() + 2**-20 * step * magnitudes
+    y = int8.linear_dynamic(x.float(), q.codes, q.absmax, None)
+    assert bool(((y.double() - exact).abs() <= allowed).all())
+
+
+def test_one_percent_wrong_would_be_seen():
+    source = torch.Generator().manual_seed(4)
+    x, q = torch.randn(70, 640, generator=source), qlite.quantize_int8(torch.randn(90, 640, generator=source))
+    exact = x.double() @ q.dequantize().double().T
+    # A step is absmax / 127 and its error uniform: about 3.2 / 127 / sqrt(12) of a row of normal numbers.
+    wrong = [factor * int8.linear_dynamic(x, q.codes, q.absmax, None) - exact for factor in (1, 1.01)]
+    assert wrong[0].norm() <= 0.0085 * exact.norm() < wrong[1].norm()
+
+
+@pytest.mark.parametrize("columns", [1039, 1040, 1041, 5000])
+def test_sums_of_products_of_codes_are_exact(columns):
+    source = torch.Generator().manual_seed(2)
+    codes = torch.randint(-127, 128, (11, columns), generator=source).char()
+    codes[0], codes[1] = 127, -127
+    x = torch.full((3, columns), 127.0)
+    x[1], x[2, 0] = torch.randint(-127, 128, (columns,), generator=source), -126.0
+    x[:, 1] = 127.0  # so that a row's scale is one
+    y = int8.linear_dynamic(x, codes, torch.full((11, 1), 127.0), None)
+    assert torch.equal(y, (x.long() @ codes.long().T).float())
+
+
+def test_a_row_is_multiplied_as_if_it_were_alone():
+    source = torch.Generator().manual_seed(3)
+    x, q = torch.randn(70, 130, generator=source).bfloat16(), qlite.quantize_int8(torch.randn(20, 130, generator=source))
+    whole = int8.linear_dynamic(x, q.codes, q.absmax, None)
+    for i, row in enumerate(x):
+        assert torch.equal(int8.linear_dynamic(row, q.codes, q.absmax, None), whole[i])
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("multiply", [int8.linear_dynamic, int8.linear_weight_only])
+def test_a_row_that_is_not_finite_shows_and_a_row_of_zeros_gives_the_bias(multiply, bad):
+    x, q = torch.ones(3, 20).half(), qlite.quantize_int8(torch.eye(5, 20) + 1)
+    x[0], x[1, 3] = 0, bad
+    y = multiply(x, q.codes, q.absmax, torch.arange(5.0))
+    assert y[0].tolist() == [0, 1, 2, 3, 4] and bool(torch.isfinite(y[2]).all())
+    assert not bool(torch.isfinite(y[1]).any()) and (multiply is int8.linear_weight_only or bool(torch.isnan(y[1]).all()))
+
+
+def test_a_sum_beyond_float16_is_scaled_before_it_is_rounded():
+    y = int8.linear_dynamic(
+        torch.full((1, 512), 2.0).half(), torch.full((3, 512), 127).char(), torch.full((3, 1), 1 / 127), None
+    )
+    torch.testing.assert_close(y.float(), torch.full((1, 3), 1024 / 127), rtol=2**-11, atol=0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qlite
-from qlite import nf4, ops
+from qlite import int8, nf4, ops
 from qlite.nf4 import NF4_LEVELS
 from tests.strategies import block_sizes, weights
 
@@ -47,7 +47,8 @@ def test_int8_ops_pass_opcheck():
     q = qlite.quantize_int8(seeded(6, 33))
     x, bias = seeded(3, 33).requires_grad_(), seeded(6).requires_grad_()
     for name, arguments in {
-        "linear_int8": (x, q.codes, q.absmax, bias),
+        "dequantize_int8": (q.codes, q.absmax, torch.bfloat16),
+        "linear_int8": (x, q.codes, q.absmax, bias, False),
         "linear_int8_grad": (seeded(3, 6), q.codes, q.absmax),
     }.items():
         results = torch.library.opcheck(getattr(torch.ops.qlite, name).default, arguments)
@@ -105,6 +106,81 @@ def test_every_dtype_multiplies_the_weight_decoded_into_it_and_adds_the_bias(col
     allowed = (50 * 2**-24 + torch.finfo(dtype).eps) * exact.abs().sum(dim=0)
     assert x.grad.dtype == dtype and bool(((x.grad.double() - exact.sum(dim=0)).abs() <= allowed).all())
     assert bias.grad.dtype == torch.float32 and torch.equal(bias.grad, torch.full((48,), 6.0))
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def int8_parts(columns=200, out=48):
+    q = qlite.quantize_int8(seeded(out, columns))
+    return q.codes, q.absmax
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("shape", [(64, 200), (65, 200), (4, 16, 200), (5, 13, 200), (200,)])
+def test_from_65_rows_of_16_bits_on_linear_int8_encodes_its_activations(shape, dtype):
+    x, bias = seeded(*shape, dtype=dtype), seeded(48)
+    dynamic = len(shape) > 1 and dtype != torch.float32 and shape in ((65, 200), (5, 13, 200))
+    expected = (int8.linear_dynamic if dynamic else int8.linear_weight_only)(x, *int8_parts(), bias)
+    other = (int8.linear_weight_only if dynamic else int8.linear_dynamic)(x, *int8_parts(), bias)
+    y = ops.linear_int8(x, *int8_parts(), bias)
+    assert torch.equal(y, expected) and not torch.equal(y, other)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows", [64, 65])
+def test_the_derivatives_of_linear_int8_are_those_of_the_decoded_weight_however_it_multiplies(rows, dtype):
+    codes, absmax = int8_parts()
+    x, v, grad = (
+        seeded(rows, 200, dtype=dtype).requires_grad_(),
+        seeded(rows, 200, dtype=dtype) * 2,
+        seeded(rows, 48, dtype=dtype),
+    )
+    weight = ops.dequantize_int8_rows(codes, absmax, dtype)
+    (grad_x,) = torch.autograd.grad(ops.linear_int8(x, codes, absmax), x, grad)
+    assert torch.equal(grad_x, grad @ weight)
+    (grad_x,) = torch.func.vjp(lambda x: ops.linear_int8(x, codes, absmax), x.detach())[1](grad)
+    assert torch.equal(grad_x, grad @ weight)
+    y, tangent = torch.func.jvp(lambda x: ops.linear_int8(x, codes, absmax), (x.detach(),), (v,))
+    assert torch.equal(y, ops.linear_int8(x, codes, absmax))
+    assert torch.equal(tangent, torch.nn.functional.linear(v, weight))
+    upstream = grad.clone().requires_grad_()
+    (grad_x,) = torch.autograd.grad(ops.linear_int8(x, codes, absmax), x, upstream, create_graph=True)
+    assert torch.equal(torch.autograd.grad(grad_x, upstream, v)[0], torch.nn.functional.linear(v, weight))
+
+
+def test_what_vmap_maps_is_multiplied_as_each_example_would_be():
+    codes, absmax = int8_parts()
+    for shape in ((70, 200), (2, 70, 200), (70, 2, 200)):
+        x = seeded(*shape, dtype=torch.bfloat16)
+        found = torch.func.vmap(lambda each: ops.linear_int8(each, codes, absmax))(x)
+        rule = int8.linear_dynamic if shape == (2, 70, 200) else int8.linear_weight_only
+        assert torch.equal(found, rule(x, codes, absmax, None))
+        assert torch.equal(found[1], ops.linear_int8(x[1], codes, absmax))
+
+
+def test_linear_int8_compiles_to_one_graph_on_either_side_of_the_rule():
+    codes, absmax = int8_parts()
+
+    def run(x):
+        return ops.linear_int8(x, codes, absmax, torch.ones(48)) * 2
+
+    compiled = torch.compile(run, fullgraph=True)
+    for rows in (2, 64, 65, 100):
+        a, b = (seeded(rows, 200, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+        y = compiled(b)
+        assert torch.equal(run(a), y)
+        run(a).float().sum().backward()
+        y.float().sum().backward()
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_the_gradient_of_a_dynamic_product_keeps_the_encoded_weight_alone():
+    codes, absmax = int8_parts()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ops.linear_int8(seeded(70, 200, dtype=torch.float16).requires_grad_(), codes, absmax)
+    assert kept and sum(t.nbytes for t in kept) == codes.nbytes + absmax.nbytes
 
 
 def test_gradients_pass_gradcheck():
@@ -221,7 +297,8 @@ FLAT = functools.partial(qlite.quantize_nf4, flat=True)
 def test_encoding_on_the_cpu_takes_no_more_than_a_chunk_beside_its_result(encode, kept):
     dense = seeded(4096, 4096, dtype=torch.bfloat16)
     # What torch's allocator was asked for, to the byte: the size of the process depends on what malloc gives back, and when.
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         encoded = encode(dense)
     taken = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak, left = max(itertools.accumulate(taken)), sum(taken)

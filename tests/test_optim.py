@@ -840,7 +840,7 @@ def test_on_cuda_paged_state_is_pinned_on_the_host_also_after_loading_and_after_
     twin = PagedAdamW8bit(several(device="cuda"))
     twin.load_state_dict(optimizer.state_dict())
     for each in (optimizer, twin):
-        for entry in each.state_dict()["state"].values():
+        for entry in each.state.values():
             tensors = [value for name, value in entry.items() if name != "step"]
             assert all(value.device.type == "cpu" and value.is_pinned() for value in tensors)
         assert each.paged_bytes == sum(SIZES)

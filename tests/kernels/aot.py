@@ -61,7 +61,8 @@ class Code:
 
     Attributes:
         sass: as nvdisasm writes it. registers: of a thread.
-        stack, shared: bytes of stack of a thread, and of shared memory of a program.
+        stack: bytes of stack of a thread. shared: of a program's shared memory that Triton asks for at the launch.
+        table: of shared memory that inline PTX declares, and what the driver keeps of it.
         error: the compiler's words where it does not compile; raised as soon as its instructions are asked for.
     """
 
@@ -69,6 +70,7 @@ class Code:
     registers: int = 0
     stack: int = 0
     shared: int = 0
+    table: int = 0
     error: str = ""
 
     @property
@@ -91,17 +93,20 @@ class Code:
     def straight(self) -> list[str]:
         """Returns the instructions of the shortest way from the start to the end.
 
-        Loops are passed by, slow paths not taken, calls not followed; an exit of some threads is not taken either.
+        Loops are passed by, slow paths not taken, calls not followed; an exit of some threads is not taken either, unless
+        there is no other: a loop around the whole program ends so.
         """
         lines, labels = self.instructions()
+        exits = [place for place, line in enumerate(lines) if opcode(line) == "EXIT"]
+        ends = [place for place in exits if not lines[place].startswith("@")] or exits[-1:]
         came_from, queue = {}, [(1, 0, -1)]
         while queue:
             length, here, before = heapq.heappop(queue)
             if here in came_from or here >= len(lines):
                 continue
             came_from[here] = before
-            name, always = opcode(lines[here]), not lines[here].startswith("@")
-            if name == "EXIT" and always:
+            always = not lines[here].startswith("@")
+            if here in ends:
                 path = [here]
                 while came_from[path[-1]] >= 0:
                     path.append(came_from[path[-1]])
@@ -121,16 +126,18 @@ class Code:
     def loops(self) -> list[list[str]]:
         """Returns the instructions from the target of each backward branch to the branch, the longest first.
 
-        Slow paths stand after the end of the program and branch back into it: what has an end in it is no loop.
+        Of loops in loops the innermost. Slow paths stand after the end of the program and branch back into it: what has an
+        end in it is no loop.
         """
         lines, labels = self.instructions()
         found = []
         for place, line in enumerate(lines):
             target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-            body = lines[labels[target[1]] : place + 1] if target else []
-            if body and "EXIT" not in body:
+            body = range(labels[target[1]], place + 1) if target else range(0)
+            if body and "EXIT" not in (lines[at] for at in body):
                 found.append(body)
-        return sorted(found, key=len, reverse=True)
+        inner = [body for body in found if not any(other != body and set(other) < set(body) for other in found)]
+        return [[lines[at] for at in body] for body in sorted(inner, key=len, reverse=True)]
 
 
 def opcode(line: str) -> str:
@@ -183,8 +190,8 @@ def _compile(build: Build) -> Code:
             subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
             for tool, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
         )
-    used = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")}
-    return Code(sass, used["REG"], used["STACK"], result.metadata.shared)
+    used = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED")}
+    return Code(sass, used["REG"], used["STACK"], result.metadata.shared, used["SHARED"])
 
 
 def main() -> None:

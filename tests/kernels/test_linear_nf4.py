@@ -1,20 +1,141 @@
-"""The ops on CUDA tensors: that the kernels run, and that their products are as near to float64 as a dense layer's."""
+"""The kernels of x @ decode(W).T, in the interpreter or on the GPU; and the ops on CUDA tensors, which choose among them."""
+
+import functools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import qlite
 from qlite import nf4, ops
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the CUDA implementations of the ops")
+pytest.importorskip("triton", reason="Triton is not built for this platform")
+from qlite.kernels import few_rows, linear_nf4, scratch, small_batch, tiles
+from tests.strategies import tables
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(64, 128), (4672, 4544), (100, 65)]
+ROUNDOFF = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the CUDA implementations of the ops")
 
 
-def seeded(*shape, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to("cuda", dtype)
+def seeded(*shape, dtype=torch.float32, device="cuda"):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(device, dtype)
 
 
+def parts(q):
+    return q.codes, q.absmax, q.absmax_scale, q.absmax_offset, q.levels
+
+
+def within(found, left, right, dtype) -> bool:
+    """Whether found is left @ right up to one rounding of each weight and of the result, and float32 sums in any order."""
+    wanted, roundoff = left @ right, ROUNDOFF[dtype]
+    bound = roundoff * wanted.abs() + (roundoff + right.shape[0] * 2**-24) * 1.01 * (left.abs() @ right.abs())
+    # Below float16's normal numbers a rounding costs up to half the smallest step.
+    return bool(((found.double() - wanted).abs() <= bound + 2**-24).all())
+
+
+weights = st.tuples(st.integers(1, 150), st.integers(1, 7), st.sampled_from([64, 128, 256]), st.booleans())
+
+
+@given(weights, st.integers(1, 40), st.sampled_from(list(ROUNDOFF)), st.booleans(), tables, st.integers(0, 2**31))
+def test_products_are_as_near_to_float64_as_one_rounding_allows(weight, rows, dtype, has_bias, levels, seed):
+    out_features, blocks, block_size, double_quant = weight
+    random = torch.Generator().manual_seed(seed)
+    w = torch.randn(out_features, 64 * blocks, generator=random) * 10.0 ** torch.randint(-3, 3, (), generator=random)
+    w[torch.rand(out_features, generator=random) < 0.1] = 0
+    q = qlite.quantize_nf4(w.to(DEVICE), block_size=block_size, double_quant=double_quant, levels=levels)
+    x = torch.randn(rows, 64 * blocks, generator=random).to(DEVICE, dtype)
+    bias = torch.randn(out_features, generator=random).to(DEVICE) if has_bias else None
+    y = linear_nf4.linear(x, *parts(q), bias, out_features, block_size)
+    assert y.dtype == dtype and torch.equal(y, linear_nf4.linear(x, *parts(q), bias, out_features, block_size))
+    left, right = x.double(), q.dequantize(torch.float32).double().T
+    if has_bias:
+        left, right = torch.cat((left, left.new_ones(rows, 1)), 1), torch.cat((right, bias.double()[None]))
+    assert within(y, left, right, dtype)
+
+
+@pytest.mark.parametrize("rows", [3, 12, 30, 50])
+@pytest.mark.parametrize("dtype", ROUNDOFF)
+def test_a_product_that_is_one_percent_off_would_be_found(rows, dtype):
+    # Of one sign, so that nothing cancels: the bound then is a share of the product.
+    q = qlite.quantize_nf4(seeded(96, 320, device=DEVICE).abs() + 1)
+    x = seeded(rows, 320, dtype=dtype, device=DEVICE).abs()
+    y = linear_nf4.linear(x, *parts(q), None, 96, 64)
+    left, right = x.double(), q.dequantize(torch.float32).double().T
+    assert within(y, left, right, dtype)
+    y[-1, -1] *= 1.01
+    assert not within(y, left, right, dtype)
+
+
+@pytest.mark.parametrize("rows", [4, 16, 32, 64])
+def test_each_row_is_what_it_is_alone_up_to_the_order_of_sums(rows):
+    q = qlite.quantize_nf4(seeded(130, 448, device=DEVICE))
+    x = seeded(rows, 448, dtype=torch.float16, device=DEVICE)
+    together = linear_nf4.linear(x, *parts(q), None, 130, 64)
+    for row in (0, rows // 2, rows - 1):
+        alone = linear_nf4.linear(x[row : row + 1], *parts(q), None, 130, 64)[0]
+        torch.testing.assert_close(together[row], alone, rtol=2**-9, atol=2**-9 * 448**0.5)
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+def test_rows_of_any_place_in_memory_and_dead_values_around_them(rows):
+    q = qlite.quantize_nf4(seeded(40, 128, device=DEVICE))
+    wide = torch.full((rows, 131), float("nan"), dtype=torch.float16, device=DEVICE)
+    wide[:, 3:] = seeded(rows, 128, dtype=torch.float16, device=DEVICE)
+    y = linear_nf4.linear(wide[:, 3:], *parts(q), None, 40, 64)
+    assert torch.equal(y, linear_nf4.linear(wide[:, 3:].clone(), *parts(q), None, 40, 64)) and bool(y.isfinite().all())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10])
+def test_what_is_not_finite_stays_in_its_row(rows):
+    q = qlite.quantize_nf4(seeded(40, 128, device=DEVICE))
+    x = seeded(rows, 128, dtype=torch.float16, device=DEVICE)
+    x[0, 5] = float("nan")
+    y = linear_nf4.linear(x, *parts(q), None, 40, 64)
+    assert bool(y[0].isnan().all()) and bool(y[1:].isfinite().all())
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_a_flat_weight_of_whole_blocks_is_multiplied_as_its_rows(rows):
+    w = seeded(24, 192, device=DEVICE)
+    x = seeded(rows, 192, dtype=torch.float16, device=DEVICE)
+    flat, plain = qlite.quantize_nf4(w, flat=True), qlite.quantize_nf4(w)
+    found = linear_nf4.linear(x, *parts(flat), None, 24, 64)
+    assert torch.equal(found, linear_nf4.linear(x, *parts(plain), None, 24, 64))
+
+
+@pytest.mark.parametrize("case", ["odd columns", "block of 32", "float32", "too many rows", "no rows"])
+def test_what_no_tile_takes_is_decoded_and_multiplied(case, monkeypatch):
+    monkeypatch.setattr(few_rows, "multiply", lambda *arguments: pytest.fail("few rows"))
+    monkeypatch.setattr(small_batch, "multiply", lambda *arguments: pytest.fail("small batch"))
+    columns, block = {"odd columns": (100, 64), "block of 32": (128, 32)}.get(case, (128, 64))
+    dtype = torch.float32 if case == "float32" else torch.float16
+    q = qlite.quantize_nf4(seeded(20, columns, device=DEVICE), block_size=block)
+    x = seeded({"too many rows": 300, "no rows": 0}.get(case, 2), columns, dtype=dtype, device=DEVICE)
+    y = linear_nf4.linear(x, *parts(q), None, 20, block)
+    torch.testing.assert_close(y, nf4.linear(x, q.dequantize(dtype), None), rtol=2**-10, atol=1e-2)
+
+
+def test_every_tile_of_the_table_is_reached_by_some_number_of_rows():
+    for capability in [(0, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0)]:
+        limits = [most for most, _ in tiles.table(capability)]
+        assert limits == sorted(set(limits)) and limits[0] == 4
+    assert tiles.linear_nf4(0, 128, 64, torch.float16, torch.device("cpu")) is None
+
+
+def test_the_counters_are_left_at_zero():
+    q = qlite.quantize_nf4(seeded(200, 1024, device=DEVICE))
+    counters = torch.zeros(16, dtype=torch.int32, device=DEVICE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scratch, "counters", lambda device, size: counters[: max(size, 1)])
+        run = functools.partial(linear_nf4.linear, seeded(9, 1024, dtype=torch.float16, device=DEVICE), *parts(q))
+        assert torch.equal(run(None, 200, 64), run(None, 200, 64))
+    assert not counters.any()
+
+
+@on_gpu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -28,9 +149,10 @@ def test_encoding_and_decoding_on_cuda_equal_the_cpu_bit_for_bit(shape, double_q
     assert torch.equal(here.dequantize().cpu(), there.dequantize())
 
 
+@on_gpu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows", [0, 1, 7, 300])
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 16, 17, 64, 65, 128, 200, 256, 257, 1024])
 def test_linear_nf4_and_its_gradient_are_as_near_to_float64_as_one_rounding_allows(shape, dtype, rows):
     q = qlite.quantize_nf4(seeded(*shape, dtype=dtype) / shape[1] ** 0.5)
     x = seeded(rows, shape[1], dtype=dtype).requires_grad_()
@@ -38,25 +160,59 @@ def test_linear_nf4_and_its_gradient_are_as_near_to_float64_as_one_rounding_allo
     grad = seeded(*y.shape, dtype=dtype)
     (grad_x,) = torch.autograd.grad(y, x, grad)
     exact = q.dequantize(torch.float32).double()
-    # One rounding of each weight and one of the result to the dtype, and float32 sums of K terms in any order.
-    roundoff = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-    for found, left, right in ((y, x.detach().double(), exact.T), (grad_x, grad.double(), exact)):
-        wanted = left @ right
-        bound = roundoff * wanted.abs() + (roundoff + right.shape[0] * 2**-24) * 1.01 * (left.abs() @ right.abs())
-        # Below float16's normal numbers a rounding costs up to half the smallest step.
-        assert bool(((found.double() - wanted).abs() <= bound + 2**-24).all())
+    assert within(y, x.detach().double(), exact.T, dtype) and within(grad_x, grad.double(), exact, dtype)
 
 
+@on_gpu
 def test_the_kernel_runs_and_not_the_reference(monkeypatch):
     monkeypatch.setattr(nf4, "dequantize", lambda *arguments: pytest.fail("the reference ran on a CUDA tensor"))
     monkeypatch.setattr(nf4, "quantize", lambda *arguments: pytest.fail("the reference ran on a CUDA tensor"))
     assert qlite.quantize_nf4(seeded(8, 64)).dequantize().is_cuda
 
 
+@on_gpu
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_few_rows_decode_nothing_into_memory(rows, monkeypatch):
+    monkeypatch.setattr(scratch, "buffer", lambda *arguments: pytest.fail("the weight was decoded"))
+    q = qlite.quantize_nf4(seeded(4672, 4544, dtype=torch.bfloat16))
+    assert ops.linear_nf4(seeded(rows, 4544, dtype=torch.bfloat16), q).shape == (rows, 4672)
+
+
+@on_gpu
+@pytest.mark.parametrize("rows", [1, 16, 300])
+def test_a_captured_call_gives_the_same_bits(rows):
+    q, x = qlite.quantize_nf4(seeded(4672, 4544)), seeded(rows, 4544, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = ops.linear_nf4(x, q)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = ops.linear_nf4(x, q)
+        for _ in range(3):
+            y.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(y, expected)
+
+
+@on_gpu
+def test_a_weight_of_more_than_two_to_the_31_elements_is_multiplied_at_the_right_place():
+    columns, rows = 2**16, 2**15 + 16
+    codes = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device="cuda")
+    absmax = torch.rand(rows, columns // 64, device="cuda")
+    levels = torch.tensor(nf4.NF4_LEVELS, device="cuda")
+    for m in (2, 20):
+        x = seeded(m, columns, dtype=torch.bfloat16)
+        y = linear_nf4.linear(x, codes, absmax, None, None, levels, None, rows, 64)
+        for part in (slice(0, 16), slice(rows - 16, rows)):
+            exact = nf4.dequantize(codes[part], absmax[part], None, None, levels, columns, 64, torch.float32).double().T
+            assert within(y[:, part], x.double(), exact, torch.bfloat16)
+
+
+@on_gpu
 def test_no_decoded_weight_outlives_the_forward():
     q = qlite.quantize_nf4(seeded(4096, 4096, dtype=torch.bfloat16))
     x = seeded(4, 4096, dtype=torch.bfloat16).requires_grad_()
+    ops.linear_nf4(x.repeat(100, 1), q)  # what every layer shares is there from now on
     before = torch.cuda.memory_allocated()
-    y = ops.linear_nf4(x, q)
-    # What stays is the output alone; a kept weight would be 32 MiB.
-    assert torch.cuda.memory_allocated() - before <= y.numel() * y.element_size() + 1024
+    y = ops.linear_nf4(x.repeat(100, 1), q)
+    # What stays is the output and its input; a kept weight would be 32 MiB.
+    assert torch.cuda.memory_allocated() - before <= 3 * y.numel() * y.element_size() + 1024

@@ -1,0 +1,189 @@
+"""Fragments of PTX that linear_nf4.py inlines: what Triton cannot say of decoding 4 bits. NVIDIA, capability 8.0 and later.
+
+A byte holds the codes of two neighbouring weights. `table` puts the decoded pair of each of the 256 bytes in shared memory,
+32 copies of it, one for each bank, so that 32 threads look up 32 bytes without waiting for each other; `pairs` and
+`scaled_pairs` look up the four bytes of a word. One dp4a makes an address of a byte: byte * 128 + (table + place of the
+thread's copy). Each look-up yields what a tensor core takes: two 16-bit weights in one register.
+
+`product`, `raw_scales`, `scales` and `sum_of_warps` work on Triton tensors of shape (8 * warps, 16), of which a thread holds
+four neighbours of a row: threads 4 g to 4 g + 3 of a warp hold row g. That is the arrangement of the operands of mma.sync
+(PTX ISA, "Matrix fragments for mma.m16n8k16"), and how Triton lays out a tensor that is read 16 bytes at a time.
+
+Not done here: anything that Triton's interpreter could run; linear_nf4.py has the same in plain Triton beside each.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+#: Bytes of the table of pairs, of the 256 levels of an 8-bit absmax behind it, and of a sum's exchange area behind those.
+PAIRS, LEVELS = 256 * 128, 256 * 4
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+
+
+@functools.cache
+def table(warps: int, dtype: torch.dtype, double_quant: bool, *, wide: bool = False, exchange: bool = False) -> str:
+    """Fills the tables; $0: address of this thread's copy; $1: 16 levels, $2: 256 levels of an absmax, float32 in memory.
+
+    Args:
+        double_quant: whether there are levels of an absmax.
+        wide: pairs of float32, 16 copies, instead of pairs of `dtype`, 32 copies.
+        exchange: keep an area for sum_of_warps behind the tables.
+    """
+    threads = 32 * warps
+    entries = range(max(1, 256 // threads))
+    level = """
+        mul.wide.u32 from, entry, 4;
+        add.u64 from, from, $2;
+        ld.global.b32 absmax{}, [from];"""
+    # All loads first: their latency is then waited for once.
+    load = "".join(
+        f"""
+        add.u32 entry, thread, {j * threads};{level.format(j) if double_quant else f" mov.b32 absmax{j}, 0;"}
+        shr.u32 code, entry, 4;
+        mul.wide.u32 from, code, 4;
+        add.u64 from, from, $1;
+        ld.global.f32 first{j}, [from];
+        and.b32 code, entry, 15;
+        mul.wide.u32 from, code, 4;
+        add.u64 from, from, $1;
+        ld.global.f32 second{j}, [from];"""
+        for j in entries
+    )
+    store = "".join(_store_entry(j, j * threads, _kind(dtype), wide) for j in entries)
+    values = ", ".join(f"first{j}, second{j}" for j in entries)
+    words = ", ".join(f"absmax{j}" for j in entries)
+    return f"""{{
+        .reg .u32 thread, entry, code, base, to, turn, a, b, {words};
+        .reg .u64 from;
+        .reg .f32 {values};
+        .reg .b16 low, high;
+        .reg .pred idle;
+        .shared .align 128 .b8 memory[{PAIRS + LEVELS + 512 * warps * exchange}];
+        mov.u32 thread, %tid.x;
+        mov.u32 base, memory;
+        setp.ge.u32 idle, thread, 256;
+        @idle bra filled;{load}{store}
+        filled:
+        bar.sync 0;
+        and.b32 thread, thread, {15 if wide else 31};
+        shl.b32 thread, thread, {3 if wide else 2};
+        add.u32 $0, base, thread;
+        }}"""
+
+
+def _store_entry(j: int, first: int, kind: str, wide: bool) -> str:
+    narrow = f"""
+        cvt.rn.{kind}.f32 low, first{j};
+        cvt.rn.{kind}.f32 high, second{j};
+        mov.b32 a, {{low, high}};
+        mov.b32 b, a;"""
+    # Neighbouring threads begin at different 16 bytes of their rows: a row is 128 bytes, and all would meet in one bank.
+    turns = "".join(
+        """
+        add.u32 code, to, turn;
+        st.shared.v4.b32 [code], {a, b, a, b};
+        add.u32 turn, turn, 16;
+        and.b32 turn, turn, 127;"""
+        for _ in range(8)
+    )
+    return f"""{f"mov.b32 a, first{j}; mov.b32 b, second{j};" if wide else narrow}
+        add.u32 entry, thread, {first};
+        shl.b32 to, entry, 2;
+        add.u32 to, to, base;
+        st.shared.b32 [to+{PAIRS}], absmax{j};
+        shl.b32 to, entry, 7;
+        add.u32 to, to, base;
+        and.b32 turn, entry, 7;
+        shl.b32 turn, turn, 4;{turns}"""
+
+
+def pairs() -> str:
+    """$0 to $3: the pairs of bytes 0 to 3 of the word $4; $5: the table of this thread."""
+    look = "".join(f"dp4a.u32.u32 a, $4, {0x80 << 8 * j}, $5; ld.shared.b32 ${j}, [a];\n" for j in range(4))
+    return "{ .reg .u32 a;\n" + look + "}"
+
+
+def scaled_pairs(dtype: torch.dtype) -> str:
+    """As `pairs`, from the wide table: each pair times the scale $6 in float32, then rounded to `dtype`."""
+    look = "".join(
+        f"""dp4a.u32.u32 a, $4, {0x80 << 8 * j}, $5;
+        ld.shared.v2.f32 {{f, g}}, [a];
+        mul.f32 f, f, $6;
+        mul.f32 g, g, $6;
+        cvt.rn.{_kind(dtype)}x2.f32 ${j}, g, f;
+        """
+        for j in range(4)
+    )
+    return "{ .reg .u32 a; .reg .f32 f, g;\n" + look + "}"
+
+
+def level_of_absmax() -> str:
+    """$0: the level of the 8-bit absmax $1; $2: the table of levels."""
+    return "{ .reg .u32 a; mad.lo.u32 a, $1, 4, $2; ld.shared.f32 $0, [a]; }"
+
+
+def product(dtype: torch.dtype) -> str:
+    """Sixteen rows of weights by eight columns of x, over the 128 columns that four threads hold 32 each.
+
+    $0 to $3: the product. $4 to $35: pairs of bytes 0, 1, 2, 3 of four words of row g, then of row g + 8. $36 to $51: x, 32
+    values. Byte b of word j meets x's pair 4 j + b. Two sums of four products each: the tensor core's latency is long.
+    """
+    lines = []
+    for word in range(4):
+        for half in range(2):
+            a = [f"${first + 8 * half + 4 * step + word}" for step in range(2) for first in (4, 20)]
+            b = [f"${36 + 4 * word + 2 * half + i}" for i in range(2)]
+            out = "{h0, h1, h2, h3}" if half else "{$0, $1, $2, $3}"
+            old = "{zero, zero, zero, zero}" if word == 0 else out
+            kind = _kind(dtype)
+            shape = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
+            lines.append(f"{shape} {out}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {old};")
+    lines += [f"add.f32 ${i}, ${i}, h{i};" for i in range(4)]
+    return "{ .reg .f32 zero, h0, h1, h2, h3; mov.f32 zero, 0f00000000;\n" + "\n".join(lines) + "\n}"
+
+
+def raw_scales(double_quant: bool) -> str:
+    """Reads what the scales of rows g and g + 8 are made of: $0, $1 absmax, $2, $3 their groups' scales (as bits).
+
+    $4 and $8: index of the block; $12: absmax; $16: scales of the groups (double_quant).
+    """
+    if not double_quant:
+        read = "mul.wide.u32 p, ${0}, 4; add.u64 p, p, $12; ld.global.nc.b32 ${1}, [p];\n"
+        return "{ .reg .u64 p;\n" + read.format(4, 0) + read.format(8, 1) + "mov.b32 $2, 0; mov.b32 $3, 0; }"
+    code = "cvt.u64.u32 p, ${0}; add.u64 p, p, $12; ld.global.nc.u8 h, [p]; cvt.u32.u16 ${1}, h;\n"
+    group = "shr.u32 i, ${0}, 8; mul.wide.u32 p, i, 4; add.u64 p, p, $16; ld.global.nc.b32 ${1}, [p];\n"
+    parts = code.format(4, 0) + code.format(8, 1) + group.format(4, 2) + group.format(8, 3)
+    return "{ .reg .u64 p; .reg .u32 i; .reg .u16 h;\n" + parts + "}"
+
+
+def scales(double_quant: bool) -> str:
+    """$0 and $1: the scale of row g, $2 and $3: of row g + 8, of raw_scales' $4 to $7; $8: table, $12: offset."""
+    if not double_quant:
+        return "mov.b32 $0, $4; mov.b32 $1, $4; mov.b32 $2, $5; mov.b32 $3, $5;"
+    row = "mad.lo.u32 a, ${0}, 4, $8; ld.shared.f32 f, [a]; mov.b32 g, ${1}; fma.rn.f32 ${2}, f, g, $12; mov.f32 ${3}, ${2};\n"
+    return "{ .reg .u32 a; .reg .f32 f, g;\n" + row.format(4, 6, 0, 1) + row.format(5, 7, 2, 3) + "}"
+
+
+def sum_of_warps(warps: int) -> str:
+    """$0 to $3: $4 to $7 summed over the warps, in their order, and over threads t and t + 2; $8: the exchange area.
+
+    Every thread of the program must come here, and no other tensor of the program may be in shared memory at $8.
+    """
+    lines = [
+        "{ .reg .u32 t, a; .reg .f32 p, q, r, s;",
+        "mov.u32 t, %tid.x; shl.b32 a, t, 4; add.u32 a, a, $8;",
+        "st.shared.v4.f32 [a], {$4, $5, $6, $7}; bar.sync 0;",
+        "and.b32 t, t, 31; shl.b32 a, t, 4; add.u32 a, a, $8; ld.shared.v4.f32 {$0, $1, $2, $3}, [a];",
+    ]
+    for warp in range(1, warps):
+        lines.append(f"ld.shared.v4.f32 {{p, q, r, s}}, [a+{512 * warp}];")
+        lines += [f"add.f32 ${i}, ${i}, {value};" for i, value in enumerate("pqrs")]
+    lines += [f"shfl.sync.bfly.b32 p, ${i}, 2, 31, 0xffffffff; add.f32 ${i}, ${i}, p;" for i in range(4)]
+    # The next sum may not overwrite what a slower warp has still to read.
+    return "\n".join([*lines, "bar.sync 0; }"])

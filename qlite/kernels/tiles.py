@@ -1,0 +1,97 @@
+"""Which method multiplies by an encoded weight, and in what tiles: by capability and number of rows, with what was measured.
+
+Times are microseconds for Falcon-7B's dense_h_to_4h (18176 x 4544, block 64, double quantization) in bfloat16 on an H200, in
+CUDA graphs over rotated weights. cuBLAS on the decoded weight takes 45 up to 64 rows and 60 at 256; decoding it first 56.
+None instead of a Tile: decode into scratch memory and let cuBLAS multiply.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One way to launch a kernel of linear_nf4.py.
+
+    Attributes:
+        method: "few rows" or "small batch".
+        programs: in the launch, at most. warps: of a program.
+        tile_n, tile_m: rows of the weight and of x that a program multiplies at a time. stages: of its pipeline.
+        two: blocks of 64 columns a step are two. scaled: weights are scaled before the product, and rounded once.
+        sort: the columns of x are put in the tensor core's order first, so that they can be read 16 bytes at a time.
+        width: neighbouring columns of a thread in Triton's operand: 2 on capability 9.0, 4 before.
+    """
+
+    method: str
+    programs: int
+    warps: int
+    tile_n: int = 16
+    tile_m: int = 4
+    stages: int = 1
+    two: bool = True
+    scaled: bool = False
+    sort: bool = False
+    width: int = 2
+
+
+#: Rows of x, up to which -> (programs a multiprocessor, Tile). A launch needs more than 48 KiB of Triton's own shared memory
+#: or, with the 33 KiB of ptx.table, no more than 48: Triton asks the driver for more only by its own.
+_FEW = (4, Tile("few rows", 4, 4))
+_HOPPER = [
+    _FEW,  # 1 row: 24; 4 rows: 29 (bitsandbytes 134). 3 programs: 24, 30; 8 warps: 28; half by PRMT: 24.5
+    (16, Tile("small batch", 2, 4, 128, 16, stages=6)),  # 32; 3 stages, 3 programs: 31; tiles of 64: 40; of 256: 32
+    (32, Tile("small batch", 2, 4, 128, 32, stages=4)),
+    (64, Tile("small batch", 1, 8, 128, 64, stages=3, sort=True)),  # 44; 4 warps: 59; tiles of 256: 46; scaled: 48
+    (128, Tile("small batch", 1, 8, 128, 128, stages=3, scaled=True, sort=True)),
+    (256, Tile("small batch", 1, 8, 128, 256, stages=3, two=False, scaled=True, sort=True)),  # 104; tile_m 128: 114
+]
+#: Not measured; no larger tile fits the 99 KiB of shared memory of capability 8.6 and 8.9.
+_AMPERE = [
+    _FEW,
+    (16, Tile("small batch", 1, 4, 128, 16, stages=5, width=4)),
+    (32, Tile("small batch", 1, 4, 128, 32, stages=4, width=4)),
+]
+#: The interpreter, where the tests are: small tiles, every branch.
+_INTERPRETED = [
+    _FEW,
+    (16, Tile("small batch", 3, 4, 64, 16, stages=1)),
+    (32, Tile("small batch", 2, 4, 64, 16, stages=1, two=False, width=4)),
+    (64, Tile("small batch", 2, 4, 64, 32, stages=1, scaled=True, sort=True)),
+]
+
+
+@functools.cache
+def _properties(device: torch.device) -> tuple[tuple[int, int], int]:
+    if device.type != "cuda":
+        return (0, 0), 1
+    found = torch.cuda.get_device_properties(device)
+    return (found.major, found.minor), found.multi_processor_count
+
+
+def plain(device: torch.device) -> bool:
+    """Whether kernels run without inline PTX on the device: in the interpreter, and before capability 8.0."""
+    return _properties(device)[0] < (8, 0)
+
+
+def table(capability: tuple[int, int]) -> list[tuple[int, Tile]]:
+    """Returns the tiles of a capability; (0, 0) is the interpreter. Below 8.0 tl.dot has no tensor cores."""
+    if capability == (0, 0):
+        return _INTERPRETED
+    if capability[0] == 9:
+        return _HOPPER
+    return _AMPERE if capability[0] == 8 else [_FEW]
+
+
+def linear_nf4(rows: int, in_features: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tile | None:
+    """Returns how to multiply `rows` rows by a weight of `in_features` columns, or None: decode it, and cuBLAS."""
+    if rows == 0 or in_features % 64 or block_size % 64 or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    capability, multiprocessors = _properties(device)
+    for most, tile in table(capability):
+        if rows <= most:
+            return dataclasses.replace(tile, programs=tile.programs * multiprocessors)
+    return None

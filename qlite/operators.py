@@ -1,0 +1,79 @@
+"""How an operator is declared to PyTorch: schema, reference, fake, CUDA kernel, gradients in both modes, vmap.
+
+`torch.library` serves the dispatcher and torch.compile. What it lacks (torch.func.grad, forward mode) an autograd.Function
+around the op adds. ops.py declares every op of qlite with these functions.
+
+Not done here: any op.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+library = torch.library.Library("qlite", "DEF")
+
+
+def declare(schema: str, reference: Callable, fake: Callable) -> str:
+    """Declares the op of `schema` with its reference and fake implementation; returns its qualified name."""
+    name = schema[: schema.index("(")]
+    library.define(schema)
+    library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qlite::{name}", fake, lib=library)
+    return f"qlite::{name}"
+
+
+def differentiate(name: str, keep: Callable, backward: Callable, jvp: Callable) -> Callable:
+    """Gives an op that is linear in its first argument its gradients and a rule for vmap; returns what calls it.
+
+    What torch.library registers serves plain backward passes and torch.compile, but torch.func.grad refuses it and forward
+    mode loses the tangent without a word. An autograd.Function serves those two; torch.compile refuses one with a jvp.
+
+    Args:
+        keep: (ctx, inputs, output), saves what backward (ctx, grad) and jvp (ctx, *tangents) need.
+    """
+    op = getattr(torch.ops.qlite, name)
+    torch.library.register_autograd(f"qlite::{name}", backward, setup_context=keep, lib=library)
+    torch.library.register_vmap(f"qlite::{name}", functools.partial(_vmap, op), lib=library)
+    methods = {"forward": lambda *arguments: op(*arguments), "setup_context": keep, "backward": backward, "jvp": jvp}
+    members = {key: staticmethod(method) for key, method in methods.items()}
+    function = type(name, (torch.autograd.Function,), {**members, "generate_vmap_rule": True})
+
+    def call(*arguments) -> Tensor:
+        if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            raise NotImplementedError(f"{name}: no forward mode inside torch.compile; call torch.func.jvp outside of it")
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return op(*arguments)
+        return function.apply(*arguments)
+
+    return call
+
+
+def _vmap(op: Callable, info, dims: tuple[int | None, ...], *arguments) -> tuple[Tensor, int]:
+    """Returns op over a batch: as more rows for one weight, and one after the other where each has a weight of its own."""
+    if dims[0] is not None and all(dim is None for dim in dims[1:]):
+        return op(arguments[0].movedim(dims[0], 0), *arguments[1:]), 0
+    each = [[a if dim is None else a.select(dim, i) for a, dim in zip(arguments, dims)] for i in range(info.batch_size)]
+    return torch.stack([op(*selected) for selected in each]), 0
+
+
+def keep(ctx, *tensors: Tensor | None) -> None:
+    """Saves tensors for the backward pass and for forward mode."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def grad_bias(ctx, grad: Tensor, position: int) -> Tensor | None:
+    """Returns the gradient of a bias, the input at `position`, in the dtype `ctx.bias_dtype`; None where none is asked for."""
+    if ctx.bias_dtype is None or not ctx.needs_input_grad[position]:
+        return None
+    return grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
+
+
+def on_cuda(name: str, kernel: Callable) -> None:
+    """Has `kernel` run for CUDA tensors."""
+    library.impl(name, kernel, "CUDA")
