@@ -38,7 +38,7 @@ from benchmarks.common import (
     table,
     told,
 )
-from qlite import ops
+from qlite import int8, ops
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 MOST_ERROR = 4e-3
@@ -103,7 +103,7 @@ def measure_layer(name: str, direction: str, rows_of: list[int], with_bitsandbyt
         calls["cublas"].append(peer_linears.cublas(weight) if forward else peer_linears.cublas_gradient(weight))
     for codes, absmax in coded:
         if forward:
-            calls["qlite"].append(lambda x, c=codes, a=absmax: torch.ops.qlite.linear_int8(x, c, a, None))
+            calls["qlite"].append(lambda x, c=codes, a=absmax: torch.ops.qlite.linear_int8(x, c, a, None, int8.is_dynamic(x)))
         else:
             calls["qlite"].append(lambda x, c=codes, a=absmax: torch.ops.qlite.linear_int8_grad(x, c, a))
     if with_bitsandbytes and forward:

@@ -3,7 +3,7 @@
     python -m benchmarks.tiles                 # about half a minute on an H200
     python -m benchmarks.tiles --rows 1,16
 
-Times in CUDA graphs over weights rotated past the L2 cache. `early`: whether a launch may overlap with the one before.
+Times in CUDA graphs over weights rotated past the L2 cache.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from benchmarks.common import (
 FALCON = SHAPES["falcon7b"]
 LAYERS = ("dense_h_to_4h", "query_key_value", "dense_4h_to_h")
 ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048)
-#: (warps, programs a multiprocessor, overlap)
-FEW = ((4, 4, True), (4, 4, False), (4, 3, True), (4, 5, True), (8, 2, True), (8, 3, True))
+#: (warps, programs a multiprocessor)
+FEW = ((4, 4), (4, 3), (4, 5), (8, 2), (8, 3))
 #: Rows of x -> (programs, warps, tile_n, tile_m, stages, two, scaled, sort)
 BATCH = {
     16: (
@@ -68,32 +68,31 @@ PANELS = (0, 2304, 4544, 9088)
 
 
 def tiles_of(rows: int):
-    """Yields (tile, whether launches overlap) of what is tried for a number of rows."""
+    """Yields the tiles that are tried for a number of rows."""
     from qlite.kernels.tiles import Tile
 
     multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
     if rows <= 4:
-        for warps, programs, early in FEW:
-            yield Tile("few rows", programs * multiprocessors, warps), early
+        for warps, programs in FEW:
+            yield Tile("few rows", programs * multiprocessors, warps)
     for programs, warps, tile_n, tile_m, stages, two, scaled, sort in BATCH.get(rows, ()):
-        yield Tile("small batch", programs * multiprocessors, warps, tile_n, tile_m, stages, two, scaled, sort), True
+        yield Tile("small batch", programs * multiprocessors, warps, tile_n, tile_m, stages, two, scaled, sort)
 
 
 def time_tiles(name: str, rows: int, note) -> None:
     """Notes the time of each tile that is tried for a number of rows of a layer."""
-    from qlite.kernels import few_rows, small_batch, tiles
+    from qlite.kernels import few_rows, small_batch
 
     n, k = FALCON[name]
     x, weights = random_bf16(rows, k), coded_weights(n, k, rotation(coded_bytes(n, k)))
-    for tile, early in tiles_of(rows):
+    for tile in tiles_of(rows):
         multiply = few_rows.multiply if tile.method == "few rows" else small_batch.multiply
-        row = {"layer": name, "rows": rows, **dataclasses.asdict(tile), "early": early}
-        with mock.patch.object(tiles, "early", lambda device, early=early: early):
-            try:
-                us = cuda_graph_time([functools.partial(multiply, x, coded, None, 64, tile) for coded in weights])
-            except FAILURES as error:
-                print(name, rows, tile, told(error), flush=True)
-                continue
+        row = {"layer": name, "rows": rows, **dataclasses.asdict(tile)}
+        try:
+            us = cuda_graph_time([functools.partial(multiply, x, coded, None, 64, tile) for coded in weights])
+        except FAILURES as error:
+            print(name, rows, tile, told(error), flush=True)
+            continue
         note({**row, "us": round(us, 1)})
 
 
@@ -106,7 +105,7 @@ def time_panels(name: str, rows: int, note) -> None:
     dense = [random_bf16(n, k) for _ in range(2)]
     cublas = cuda_graph_time([functools.partial(torch.mm, x, weight.T) for weight in dense])
     for panel in PANELS:
-        with mock.patch.multiple(tiles, PANEL_ROWS=panel or n, PANELS_UP_TO=rows if panel else 0):
+        with mock.patch.multiple(tiles, PANEL_ROWS=panel or n, PANELS_FOR=(1, rows) if panel else (0, 0)):
             us = cuda_graph_time([functools.partial(linear_nf4.linear, x, *coded, None, n, 64) for coded in weights])
         note({"layer": name, "rows": rows, "panel_rows": panel, "us": round(us, 1), "cublas_us": round(cublas, 1)})
 

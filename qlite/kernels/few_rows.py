@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qlite.dynamic8 import dynamic_levels_on
 from qlite.kernels import ptx, tiles
@@ -40,15 +39,6 @@ def _decoded_absmax(index, mask, offset, absmax_ptr, scale_ptr, dynamic_ptr, DOU
         group = tl.load(scale_ptr + index // 256, mask=mask, other=0.0)
         absmax = tl.load(dynamic_ptr + absmax.to(tl.int32)) * group + offset
     return absmax
-
-
-@triton.jit
-def _rows_of(unit, lane_row, word, out_features, blocks, absmax_a_row):
-    """Returns where the words of rows g and g + 8 of a unit begin, and their absmax. Rows beyond the last are the last."""
-    low = tl.minimum(unit * 16 + lane_row, out_features - 1)
-    high = tl.minimum(unit * 16 + 8 + lane_row, out_features - 1)
-    starts = (low * absmax_a_row, high * absmax_a_row)
-    return low.to(tl.int64) * (blocks * 8) + word, high.to(tl.int64) * (blocks * 8) + word, starts
 
 
 @triton.jit
@@ -130,12 +120,8 @@ def _few_rows_kernel(
     rows, out_features, in_features, blocks, absmax_a_row, units,
     WARPS: tl.constexpr, RATIO: tl.constexpr, DOUBLE_QUANT: tl.constexpr, BIAS: tl.constexpr, PLAIN: tl.constexpr,
     TABLE: tl.constexpr, PAIRS: tl.constexpr, RAW: tl.constexpr, SCALES: tl.constexpr, PRODUCT: tl.constexpr,
-    SUM: tl.constexpr, LEVELS_AT: tl.constexpr, SUM_AT: tl.constexpr, EARLY: tl.constexpr,
+    SUM: tl.constexpr, LEVELS_AT: tl.constexpr, SUM_AT: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        # The next such kernel may take its place already, and waits there as this one does here.
-        gdc_wait()
-        gdc_launch_dependents()
     warp = (tl.arange(0, WARPS * 8) // 8)[:, None]
     lane_row = (tl.arange(0, WARPS * 8) % 8)[:, None]
     word = tl.arange(0, 16)[None, :]
@@ -143,25 +129,20 @@ def _few_rows_kernel(
     offset = 0.0
     if DOUBLE_QUANT:
         offset = tl.load(offset_ptr)
-    first_unit = tl.program_id(0)
     if not PLAIN:
-        x_used = (word // 8 == lane_row // 4) & (lane_row % 4 < rows)
-        x_at = x_ptr + (lane_row % 4) * (in_features // 2) + (word // 4) * 16 + word % 4
-        # The first chunk is under way while the table is filled.
-        first, second, starts = _rows_of(first_unit, lane_row, word, out_features, blocks, absmax_a_row)
-        here = _load_chunk(
-            warp, word, end, blocks, first, second, starts, x_used, codes_ptr, x_at, absmax_ptr, scale_ptr, RATIO, RAW
-        )
         table = tl.inline_asm_elementwise(TABLE, "=r,l,l", [levels_ptr, dynamic_ptr], dtype=tl.int32, is_pure=False, pack=1)
         lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
         dynamic = table - lane * 4 + LEVELS_AT
         # Threads that did not hold the rows and words that the PTX takes for granted would give numbers, wrong ones.
         fits = lane == lane_row * 4 + word // 4
-    for unit in range(first_unit, units, tl.num_programs(0)):
+        x_used = (word // 8 == lane_row // 4) & (lane_row % 4 < rows)
+        x_at = x_ptr + (lane_row % 4) * (in_features // 2) + (word // 4) * 16 + word % 4
+    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         row = unit * 16
+        # Rows beyond the last are read as the last, and not written.
+        low = tl.minimum(row + lane_row, out_features - 1)
+        high = tl.minimum(row + 8 + lane_row, out_features - 1)
         if PLAIN:
-            low = tl.minimum(row + lane_row, out_features - 1)
-            high = tl.minimum(row + 8 + lane_row, out_features - 1)
             low_sum = tl.zeros([WARPS * 8, 16, 4], dtype=tl.float32)
             high_sum = tl.zeros([WARPS * 8, 16, 4], dtype=tl.float32)
             for first in range(0, end, WARPS):
@@ -182,6 +163,12 @@ def _few_rows_kernel(
             total = both
             mask = (place < out_features) & (m < rows)
         else:
+            starts = (low * absmax_a_row, high * absmax_a_row)
+            first = low.to(tl.int64) * (blocks * 8) + word
+            second = high.to(tl.int64) * (blocks * 8) + word
+            here = _load_chunk(
+                warp, word, end, blocks, first, second, starts, x_used, codes_ptr, x_at, absmax_ptr, scale_ptr, RATIO, RAW
+            )
             total = tl.zeros([WARPS * 8, 16], dtype=tl.float32)
             for chunk in range(0, end, 2 * WARPS):
                 # Two chunks take turns, so that one is under way while the other is multiplied.
@@ -195,13 +182,6 @@ def _few_rows_kernel(
                     codes_ptr, x_at, absmax_ptr, scale_ptr, RATIO, RAW,
                 )  # fmt: skip
                 total = _add_chunk(total, there, table, dynamic, offset, PAIRS, SCALES, PRODUCT)
-            # The next rows' first chunk is under way while these are added up; after the last rows nothing is.
-            after = unit + tl.num_programs(0)
-            first, second, starts = _rows_of(min(after, units - 1), lane_row, word, out_features, blocks, absmax_a_row)
-            here = _load_chunk(
-                warp + end * (after // units), word, end, blocks, first, second, starts, x_used,
-                codes_ptr, x_at, absmax_ptr, scale_ptr, RATIO, RAW,
-            )  # fmt: skip
             total = tl.inline_asm_elementwise(
                 SUM, "=&f,=&f,=&f,=&f,f,f,f,f,r,r,r,r", [total, dynamic + (SUM_AT - LEVELS_AT)],
                 dtype=tl.float32, is_pure=False, pack=4,
@@ -225,7 +205,7 @@ def arguments(coded, bias: Tensor | None, block_size: int) -> tuple[list, dict]:
     pointers = [codes.view(torch.int32), absmax.contiguous(), scale, offset, dynamic, levels, bias]
     constants = {
         "RATIO": block_size // 64, "DOUBLE_QUANT": double_quant, "BIAS": bias is not None,
-        "PLAIN": tiles.plain(codes.device), "EARLY": tiles.early(codes.device),
+        "PLAIN": tiles.plain(codes.device),
     }  # fmt: skip
     return pointers, constants
 
@@ -248,6 +228,6 @@ def multiply(x: Tensor, coded, bias: Tensor | None, block_size: int, tile: Tile)
     _few_rows_kernel[(min(units, tile.programs),)](
         x, *pointers, y, rows, out_features, in_features, in_features // 64, coded[1].shape[1], units,
         WARPS=warps, **constants, **assembly, LEVELS_AT=ptx.PAIRS, SUM_AT=ptx.PAIRS + ptx.LEVELS, num_warps=warps, num_stages=1,
-        enable_fp_fusion=True, launch_pdl=constants["EARLY"],
+        enable_fp_fusion=True,
     )  # fmt: skip
     return y

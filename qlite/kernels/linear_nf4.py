@@ -34,7 +34,8 @@ def linear(
     tile = None
     if coded[0].shape[0] == out_features and coded[0].data_ptr() % 16 == 0 and coded[0].is_contiguous():
         tile = tiles.linear_nf4(rows, (out_features, in_features), block_size, x.dtype, x.device)
-    if tile is None and 0 < rows <= tiles.PANELS_UP_TO and coded[0].shape[0] == out_features > tiles.PANEL_ROWS:
+    least, most = tiles.PANELS_FOR
+    if tile is None and least <= rows <= most and coded[0].shape[0] == out_features > tiles.PANEL_ROWS:
         return _by_panels(x.reshape(rows, in_features), coded, bias, block_size).view(*x.shape[:-1], out_features)
     if tile is None:
         weight = decoded(coded, out_features, in_features, block_size, x.dtype)

@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qlite.kernels import ptx, scratch
 from qlite.kernels.few_rows import arguments, pairs_of, round_to
@@ -117,11 +116,8 @@ def _small_batch_kernel(
     TILE_N: tl.constexpr, TILE_M: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, TWO: tl.constexpr,
     WIDTH: tl.constexpr, SORTED: tl.constexpr, RATIO: tl.constexpr, DOUBLE_QUANT: tl.constexpr, BIAS: tl.constexpr,
     PLAIN: tl.constexpr, SCALED: tl.constexpr, TABLE: tl.constexpr, LOOK: tl.constexpr, LEVEL: tl.constexpr,
-    LANE_MASK: tl.constexpr, LANE_BYTES: tl.constexpr, LEVELS_AT: tl.constexpr, EARLY: tl.constexpr,
+    LANE_MASK: tl.constexpr, LANE_BYTES: tl.constexpr, LEVELS_AT: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -242,6 +238,6 @@ def multiply(x: Tensor, coded, bias: Tensor | None, block_size: int, tile: Tile)
         TILE_N=tile.tile_n, TILE_M=tile.tile_m, WARPS=warps, STAGES=tile.stages, TWO=tile.two, WIDTH=tile.width,
         SORTED=tile.sort, **constants, SCALED=tile.scaled, **assembly, LANE_MASK=15 if tile.scaled else 31,
         LANE_BYTES=8 if tile.scaled else 4, LEVELS_AT=ptx.PAIRS, num_warps=warps, num_stages=tile.stages,
-        enable_fp_fusion=True, launch_pdl=constants["EARLY"],
+        enable_fp_fusion=True,
     )  # fmt: skip
     return y

@@ -43,12 +43,13 @@ class Tile:
 #: driver for more only by its own.
 _FEW = (4, 0, Tile("few rows", 4, 4))
 _HOPPER = [
-    _FEW,  # 1 row: 24; 4 rows: 29 (bitsandbytes 134). 3 programs: 24, 30; 8 warps: 28; half by PRMT: 24.5
-    (16, 0, Tile("small batch", 2, 4, 128, 16, stages=6)),  # 32; 3 stages, 3 programs: 31; tiles of 64: 40; of 256: 32
-    (32, 0, Tile("small batch", 2, 4, 128, 32, stages=4)),
-    (64, 0, Tile("small batch", 1, 8, 128, 64, stages=3, sort=True)),  # 44; 4 warps: 59; tiles of 256: 46; scaled: 48
+    _FEW,  # 1 row: 23, 4 rows: 24 (bitsandbytes 41, 131). 3 programs: 24, 30; 8 warps: 23, 26
+    (16, 0, Tile("small batch", 2, 4, 128, 16, stages=6)),  # 32; 3 programs: 40; tiles of 64: 56; of 256: 33
+    (32, 0, Tile("small batch", 2, 4, 128, 32, stages=4)),  # 38
+    (64, 0, Tile("small batch", 1, 8, 128, 64, stages=3, sort=True)),  # 47; tiles of 256: 51; scaled, 4 warps: 49
+    # 67. query_key_value takes 34 by decoding and cuBLAS.
     (128, 40_000_000, Tile("small batch", 1, 8, 128, 128, stages=3, scaled=True, sort=True)),
-    # 104; tile_m of 128: 114. query_key_value, 4672 x 4544: 50, where decoding and cuBLAS take 35.
+    # 107; two blocks a step: 112; tile_m of 128: 121. query_key_value, 4672 x 4544: 49, by decoding and cuBLAS 35.
     (256, 40_000_000, Tile("small batch", 1, 8, 128, 256, stages=3, two=False, scaled=True, sort=True)),
 ]
 #: Not measured; no larger tile fits the 99 KiB of shared memory of capability 8.6 and 8.9.
@@ -64,9 +65,10 @@ _INTERPRETED = [
     (32, 0, Tile("small batch", 2, 4, 64, 16, two=False, width=4)),
     (64, 0, Tile("small batch", 2, 4, 64, 32, scaled=True, sort=True)),
 ]
-#: Of a weight that is decoded for cuBLAS: rows of the weight at a time, for up to so many rows of x. What a panel of it
-#: leaves in the L2 cache is read from there.
-PANEL_ROWS, PANELS_UP_TO = 4544, 0
+#: A weight that is decoded for cuBLAS is decoded and multiplied so many of its rows at a time, for such numbers of rows of x:
+#: what a panel leaves in the L2 cache is read from there. dense_h_to_4h whole and by panels, with cuBLAS alone: 284, 276 and
+#: 227 at 1024 rows of x; 524, 508 and 431 at 2048; 981, 991 and 899 at 4096. At 512 panels lose a fifth.
+PANEL_ROWS, PANELS_FOR = 4544, (1024, 3072)
 
 
 @functools.cache
@@ -80,11 +82,6 @@ def _properties(device: torch.device) -> tuple[tuple[int, int], int]:
 def plain(device: torch.device) -> bool:
     """Whether kernels run without inline PTX on the device: in the interpreter, and before capability 8.0."""
     return _properties(device)[0] < (8, 0)
-
-
-def early(device: torch.device) -> bool:
-    """Whether a kernel may be put in its place before the one that it waits for has ended: from capability 9.0 on."""
-    return _properties(device)[0] >= (9, 0)
 
 
 def table(capability: tuple[int, int]) -> list[tuple[int, int, Tile]]:

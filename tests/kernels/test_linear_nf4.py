@@ -124,7 +124,7 @@ def test_panels_of_a_weight_give_the_product_of_the_whole(has_bias, monkeypatch)
     x = seeded(2, 150, 96, dtype=torch.float16, device=DEVICE)
     whole = linear_nf4.linear(x, *parts(q), bias, 100, 64)
     monkeypatch.setattr(tiles, "PANEL_ROWS", 33)
-    monkeypatch.setattr(tiles, "PANELS_UP_TO", 300)
+    monkeypatch.setattr(tiles, "PANELS_FOR", (1, 300))
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *arguments: pytest.fail("the whole weight was decoded"))
     torch.testing.assert_close(linear_nf4.linear(x, *parts(q), bias, 100, 64), whole, rtol=2**-9, atol=2**-9)
 

@@ -111,7 +111,7 @@ def linear_nf4(module, kernel, tile, signature, constants, dtype, double_quant, 
     }  # fmt: skip
     constants = {
         "RATIO": 1, "DOUBLE_QUANT": double_quant, "BIAS": bias, "WARPS": tile.warps, "LEVELS_AT": ptx.PAIRS,
-        "EARLY": min(rest["capabilities"]) >= 90, **constants,
+        **constants,
         **({} if bias else {"bias_ptr": None}),
     }  # fmt: skip
     signature = {"x_ptr": name, **shared, **signature}
@@ -235,7 +235,6 @@ VARIANTS = {
         "_absmax_quantize_kernel", ABSMAX, {"ABSMAX_BLOCK": 256, "GROUPS": 8, "PARTS": 1024, "parts": 1}
     ),
     "few rows": few_rows(capabilities=TENSOR_CORES, budget=2.7),
-    "few rows, in their place early": few_rows(capabilities=(90, 100), budget=2.7),
     "few rows, float16, absmax in float32, bias": few_rows(torch.float16, False, True, capabilities=TENSOR_CORES),
     "few rows without tensor cores": few_rows(torch.float16, plain=True, loop=False, capabilities=(75,)),
     "few rows without tensor cores, absmax in float32": few_rows(
