@@ -1,7 +1,7 @@
 """Which method multiplies by an encoded weight, and in what tiles: by capability and number of rows, with what was measured.
 
 Times are microseconds for Falcon-7B's dense_h_to_4h (18176 x 4544, block 64, double quantization) in bfloat16 on an H200, in
-CUDA graphs over rotated weights. cuBLAS on the decoded weight takes 45 up to 64 rows and 60 at 256; decoding it first 56.
+CUDA graphs over rotated weights. cuBLAS on the decoded weight takes 45 up to 64 rows and 60 at 256; decoding it first 54.
 None instead of a Tile: decode into scratch memory and let cuBLAS multiply.
 """
 
@@ -43,7 +43,9 @@ class Tile:
 #: driver for more only by its own.
 _FEW = (4, 0, Tile("few rows", 4, 4))
 _HOPPER = [
-    _FEW,  # 1 row: 23, 4 rows: 24 (bitsandbytes 41, 131). 3 programs: 24, 30; 8 warps: 23, 26
+    # 1 row: 23, 4 rows: 24 (bitsandbytes 41, 131); 3 programs: 24, 30; 8 warps: 23, 26; all with a chunk of the next rows
+    # read ahead, without which 1 row takes 20.5.
+    _FEW,
     (16, 0, Tile("small batch", 2, 4, 128, 16, stages=6)),  # 32; 3 programs: 40; tiles of 64: 56; of 256: 33
     (32, 0, Tile("small batch", 2, 4, 128, 32, stages=4)),  # 38
     (64, 0, Tile("small batch", 1, 8, 128, 64, stages=3, sort=True)),  # 47; tiles of 256: 51; scaled, 4 warps: 49
