@@ -123,8 +123,9 @@ def _linear_nf4(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out
 
 
 def _check_rows_or_flat(coded, out_features: int, in_features: int, block_size: int) -> None:
-    row = nf4.coded_row(coded[0].shape[0], torch.Size((out_features, in_features)))
-    _check_coded(*coded, row, block_size)
+    codes, absmax, absmax_scale, absmax_offset, levels = coded
+    row = nf4.coded_row(codes.shape[0], torch.Size((out_features, in_features)))
+    _check_coded(codes, absmax, absmax_scale, absmax_offset, levels, row, block_size)
 
 
 def _linear_nf4_cuda(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out_features, block_size) -> Tensor:
