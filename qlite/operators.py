@@ -39,18 +39,35 @@ def differentiate(name: str, keep: Callable, backward: Callable, jvp: Callable) 
     op = getattr(torch.ops.qlite, name)
     torch.library.register_autograd(f"qlite::{name}", backward, setup_context=keep, lib=library)
     torch.library.register_vmap(f"qlite::{name}", functools.partial(_vmap, op), lib=library)
-    methods = {"forward": lambda *arguments: op(*arguments), "setup_context": keep, "backward": backward, "jvp": jvp}
-    members = {key: staticmethod(method) for key, method in methods.items()}
-    function = type(name, (torch.autograd.Function,), {**members, "generate_vmap_rule": True})
+
+    def forward(ctx, *arguments) -> Tensor:
+        output = op(*arguments)
+        keep(ctx, arguments, output)
+        return output
+
+    # Twice: torch.func wants setup_context apart, for which every call's arguments are bound to a signature, in Python.
+    derivatives = {"backward": backward, "jvp": jvp}
+    apart = {"forward": lambda *arguments: op(*arguments), "setup_context": keep, **derivatives}
+    of_func = _function(name, apart, generate_vmap_rule=True)
+    plain = _function(name, {"forward": forward, **derivatives})
 
     def call(*arguments) -> Tensor:
         if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
             raise NotImplementedError(f"{name}: no forward mode inside torch.compile; call torch.func.jvp outside of it")
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling() or not _recorded():
             return op(*arguments)
-        return function.apply(*arguments)
+        return (of_func if torch._C._are_functorch_transforms_active() else plain).apply(*arguments)
 
     return call
+
+
+def _function(name: str, methods: dict[str, Callable], **attributes: bool) -> type[torch.autograd.Function]:
+    return type(name, (torch.autograd.Function,), {key: staticmethod(of) for key, of in methods.items()} | attributes)
+
+
+def _recorded() -> bool:
+    """Whether a call has to go through the autograd.Function: somebody may ask for a derivative."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _vmap(op: Callable, info, dims: tuple[int | None, ...], *arguments) -> tuple[Tensor, int]:

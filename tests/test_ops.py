@@ -305,3 +305,12 @@ def test_encoding_on_the_cpu_takes_no_more_than_a_chunk_beside_its_result(encode
     assert left >= encoded.codes.numel() >= dense.numel() / 2
     # Measured: 27 MB and 34 MB, of which chunks are 18 and 0; without chunks 286 MB and 268 MB.
     assert peak <= kept * dense.numel() + 24 * nf4.CHUNK
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_call_that_nobody_differentiates_is_the_op_alone(mode, monkeypatch):
+    q, x = qlite.quantize_nf4(seeded(8, 64)), seeded(2, 64)
+    expected = ops.linear_nf4(x, q)
+    monkeypatch.setattr(torch.autograd.Function, "apply", lambda *arguments: pytest.fail("an autograd.Function"))
+    with mode():
+        assert torch.equal(ops.linear_nf4(x, q), expected)
