@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlite import nf4, ops
+from qlite import linear_low_rank, nf4, ops
 from qlite.nf4 import FP4_LEVELS, NF4_LEVELS, NF4Tensor
 
 
@@ -195,6 +195,10 @@ class Linear4bit(QuantizedLinear):
         """Returns (..., out_features) in the dtype of x (..., in_features)."""
         return ops.linear_nf4(x, self.encoded(), self.bias)
 
+    def plus_low_rank(self, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float) -> Tensor:
+        """Returns self(x) + scaling * dropout(x) @ a.T @ b.T; see linear_low_rank.py."""
+        return linear_low_rank.linear_nf4_low_rank(x, self.encoded(), self.bias, a, b, scaling, p)
+
 
 class Linear8bit(QuantizedLinear):
     """`x @ weight.T + bias` over a row-wise absmax int8 weight; gradients flow to x and bias, the weight has none.
@@ -250,3 +254,7 @@ class Linear8bit(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Returns (..., out_features) in the dtype of x (..., in_features)."""
         return ops.linear_int8(x, self.weight, self.absmax, self.bias)
+
+    def plus_low_rank(self, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float) -> Tensor:
+        """Returns self(x) + scaling * dropout(x) @ a.T @ b.T; see linear_low_rank.py."""
+        return linear_low_rank.linear_int8_low_rank(x, self.weight, self.absmax, self.bias, a, b, scaling, p)

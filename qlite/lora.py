@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from qlite import lora_init
+from qlite import lora_init, low_rank
 from qlite.experts import ExpertStack
 
 ALL_LINEAR = "all-linear"
@@ -260,13 +260,19 @@ class LoRALinear(nn.Module):
 
         Under DoRA, what is not bias is multiplied by magnitude / norm, row by row.
         """
-        result = self.base(x)
         a, b = self.factors()
-        # Cast to what the base computed in: under autocast that is not the dtype of x.
-        low_rank = nn.functional.linear(self.dropout(x).to(result.dtype), a.to(result.dtype))
-        update = nn.functional.linear(low_rank, b.to(result.dtype)) * self.scaling
         if self.magnitude is None:
-            return result + update
+            together = low_rank.linear_of(self.base, self.dropout, x, a, b, self.scaling)
+            if together is not None:
+                return together
+        result = self.base(x)
+        # Cast to what the base computed in: under autocast that is not the dtype of x.
+        low = nn.functional.linear(self.dropout(x).to(result.dtype), a.to(result.dtype))
+        up = (b * self.scaling).to(result.dtype)
+        if self.magnitude is None:
+            rows = result.reshape(-1, self.out_features)
+            return torch.addmm(rows, low.reshape(-1, low.shape[-1]), up.T).view(result.shape)
+        update = nn.functional.linear(low, up)
         gain = (self.magnitude / self._norm()).to(result.dtype)
         bias: Any = getattr(self.base, "bias", None)
         product = result if bias is None else result - bias.to(result.dtype)

@@ -94,7 +94,7 @@ def place_model(model: nn.Module, homes: Mapping[str, torch.device | str], *, co
         module = model.get_submodule(name)
         module._apply(lambda tensor, home=home: _at_home(tensor, home, target), recurse=False)
         if home != target:
-            _Visit(name, target).hook(module)
+            _stream(model, name, target)
     return _report(model, homes_of, target)
 
 
@@ -200,17 +200,25 @@ def _come_again(kept: Tensor | _Away) -> Tensor:
     return _copy(kept.home, kept.compute).as_strided(kept.size, kept.stride, kept.offset)
 
 
+def _stream(model: nn.Module, name: str, compute: torch.device) -> None:
+    """Makes the module of that name visit `compute` whenever it computes."""
+    # Under an adapter it computes in one function with it (low_rank.py), and is not called itself.
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    _Visit(name, module, compute).hook(parent if isinstance(parent, LoRALinear) else module)
+
+
 class _Visit:
     """The hooks of one streamed module: its tensors arrive before its forward and are gone after it, also if it fails."""
 
-    def __init__(self, name: str, compute: torch.device):
-        self.name, self.compute = name, compute
+    def __init__(self, name: str, module: nn.Module, compute: torch.device):
+        self.name, self.module, self.compute = name, module, compute
         self.handles: list[Any] = []
         #: Of the forward pass under way: (table, key, tensor at home, visiting tensor, its version).
         self.visiting: list[tuple[dict[str, Any], str, Tensor, Tensor, int]] = []
         self.saving: saved_tensors_hooks | None = None
 
     def hook(self, module: nn.Module) -> None:
+        """Makes a visit last as long as the forward of `module`: the one that visits, or one that calls it alone."""
         before = module.register_forward_pre_hook(self.arrive, prepend=True, with_kwargs=True)
         after = module.register_forward_hook(self.leave, always_call=True)
         self.handles = [before, after]
@@ -223,7 +231,7 @@ class _Visit:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.device != self.compute:
                 raise ValueError(f"{self.name} computes on {self.compute}, its input is on {value.device}; move it there")
-        for table, key, home in _own(module):
+        for table, key, home in _own(self.module):
             visitor = _copy(home, self.compute)
             if table is module._parameters:
                 visitor = nn.Parameter(visitor, requires_grad=False)

@@ -52,7 +52,7 @@ def streamed(model, compute=CPU):
     """The model with a visit for every module of tensors of its own, its adapters apart."""
     for name, module in model.named_modules():
         if any(True for _ in placement._own(module)) and not isinstance(module, qlite.LoRALinear):
-            _Visit(name, compute).hook(module)
+            placement._stream(model, name, compute)
     return model
 
 
