@@ -110,7 +110,7 @@ def together(plus: Callable[..., Tensor], plus_grad: Callable[..., Tensor], grad
         def backward(ctx, grad):
             # A backward pass inside of autocast is a mistake that is easily made; in place its casts would be errors.
             kind = grad.device.type
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            if kind != "meta" and torch.is_autocast_enabled(kind):
                 with torch.autocast(kind, enabled=False):
                     return Together.backward(ctx, grad)
             x, a, b, low, down, up, mask, *coded = ctx.saved_tensors
@@ -202,5 +202,5 @@ def _fits_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != weight.dtype for t in tensors):
         return False
     kind = x.device.type
-    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    cast = kind != "meta" and torch.is_autocast_enabled(kind)
     return weight.is_floating_point() and not weight.requires_grad and not cast and x.shape[-1:] == weight.shape[1:]
