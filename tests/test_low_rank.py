@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import qlite
@@ -208,6 +210,35 @@ def test_gradients_to_the_second_order_pass_the_checks(kind, bias, dropout):
 
 
 @kinds
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [3, MANY])
+def test_gradients_that_can_be_differentiated_are_those_that_cannot(kind, dropout, rows):
+    layer, x = layer_of(kind, torch.float64, dropout=dropout), seeded(rows, 20).double().requires_grad_()
+
+    def gradients(create_graph):
+        torch.manual_seed(2)
+        return torch.autograd.grad(layer(x).pow(2).sum(), [x, layer.lora_A, layer.lora_B], create_graph=create_graph)
+
+    for one, two in zip(gradients(False), gradients(True), strict=True):
+        assert two.requires_grad and not one.requires_grad
+        torch.testing.assert_close(one, two.detach(), rtol=1e-10, atol=1e-9)
+
+
+@kinds
+def test_transforms_and_forward_mode_see_the_base_and_the_update(kind):
+    layer = layer_of(kind, torch.float64)
+    twin, x, v = in_two(layer), seeded(3, 20).double(), seeded(3, 20, seed=9).double()
+    close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-10)
+    loss = lambda layer: lambda x: layer(x).pow(2).sum()  # noqa: E731
+    close(jvp(layer, (x,), (v,)), jvp(twin, (x,), (v,)))
+    close(vmap(grad(loss(layer)))(x), vmap(grad(loss(twin)))(x))
+    close(hessian(loss(layer))(x[0]), hessian(loss(twin))(x[0]))
+    with forward_ad.dual_level():
+        found, wanted = (forward_ad.unpack_dual(each(forward_ad.make_dual(x, v))) for each in (layer, twin))
+    close((found.primal, found.tangent), (wanted.primal, wanted.tangent))
+
+
+@kinds
 def test_a_penalty_on_the_gradient_trains_the_adapters_as_in_two_calls(kind):
     def gradients(layer):
         x = seeded(3, 20).double().requires_grad_()
@@ -334,11 +365,6 @@ def test_no_input_is_written_to():
 @pytest.mark.parametrize("rows", [4, MANY])
 def test_a_checkpoint_draws_the_same_mask_again(kind, reentrant, rows):
     layer, x = layer_of(kind, dropout=0.5), seeded(rows, 20)
-
-    def gradients(call):
-        torch.manual_seed(1)
-        inputs = x.clone().requires_grad_()
-        return torch.autograd.grad(call(inputs).square().sum(), [layer.lora_A, layer.lora_B], retain_graph=True)
 
     def backward(call):
         torch.manual_seed(1)
