@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlite import low_rank, ops
 from qlite.nf4 import NF4Tensor
-from qlite.operators import declare
+from qlite.operators import declare, on_cuda
 
 
 def _decoded(coded, out_features: int, in_features: int, block_size: int, dtype: torch.dtype) -> Tensor:
@@ -68,6 +68,8 @@ declare(
     _linear_nf4_plus_grad,
     _linear_nf4_plus_grad_fake,
 )
+on_cuda("linear_nf4_plus", _linear_nf4_plus)
+on_cuda("linear_nf4_plus_grad", _linear_nf4_plus_grad)
 _nf4 = low_rank.together(torch.ops.qlite.linear_nf4_plus, torch.ops.qlite.linear_nf4_plus_grad, _linear_nf4_grad, tensors=5)
 
 
