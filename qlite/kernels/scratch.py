@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 COUNTERS = 1 << 14
-_buffers: dict[tuple, Tensor] = {}
+_bytes: dict[tuple, Tensor] = {}
 
 
 def _kept(name: str, device: torch.device, dtype: torch.dtype, size: int, make) -> Tensor:
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return make(size, dtype=dtype, device=device)
-    key = name, device, torch.cuda.current_stream(device).cuda_stream
-    found = _buffers.get(key)
-    if found is None or found.numel() * found.element_size() < size * dtype.itemsize:
-        _buffers.pop(key, None)  # before the larger one is asked for: both need not fit
+    key, nbytes = (name, device, torch.cuda.current_stream(device).cuda_stream), size * dtype.itemsize
+    found = _bytes.get(key)
+    if found is None or found.numel() < nbytes:
+        _bytes.pop(key, None)  # before the larger one is asked for: both need not fit
         with torch.inference_mode(False):
-            found = _buffers[key] = make(size, dtype=dtype, device=device)
-    return found.view(dtype)[:size]
+            found = _bytes[key] = make(nbytes, dtype=torch.uint8, device=device)
+    return found[:nbytes].view(dtype)
 
 
 def buffer(device: torch.device, dtype: torch.dtype, size: int) -> Tensor:

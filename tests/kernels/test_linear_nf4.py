@@ -205,6 +205,15 @@ def test_a_captured_call_gives_the_same_bits(rows):
 
 
 @on_gpu
+def test_layers_of_any_size_and_dtype_take_turns_in_one_buffer():
+    for rows, columns, dtype in ((3, 5, torch.bfloat16), (7, 3, torch.float32), (1, 1, torch.float16), (9, 9, torch.float32)):
+        q, x = qlite.quantize_nf4(seeded(rows, columns)), seeded(2, columns, dtype=dtype)
+        torch.testing.assert_close(ops.linear_nf4(x, q), nf4.linear(x, q.dequantize(dtype), None), rtol=2**-7, atol=1e-2)
+    first = scratch.buffer(torch.device("cuda", 0), torch.float32, 8)
+    assert first.data_ptr() == scratch.buffer(torch.device("cuda", 0), torch.bfloat16, 3).data_ptr()
+
+
+@on_gpu
 def test_a_weight_of_more_than_two_to_the_31_elements_is_multiplied_at_the_right_place():
     columns, rows = 2**16, 2**15 + 16
     codes = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device="cuda")
