@@ -1,4 +1,4 @@
-"""What qlite/kernels/tiles.py was chosen by: each of its tiles beside others, and panels of a decoded weight.
+"""What qlite/kernels/tiles.py was chosen by: each of its tiles beside others.
 
     python -m benchmarks.tiles                 # about half a minute on an H200
     python -m benchmarks.tiles --rows 1,16
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from unittest import mock
 
 import torch
 
@@ -30,7 +29,7 @@ from benchmarks.common import (
 
 FALCON = SHAPES["falcon7b"]
 LAYERS = ("dense_h_to_4h", "query_key_value", "dense_4h_to_h")
-ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048)
+ROWS = (1, 4, 16, 32, 64, 128, 256)
 #: (warps, programs a multiprocessor)
 FEW = ((4, 4), (4, 3), (4, 5), (8, 2), (8, 3))
 #: Rows of x -> (programs, warps, tile_n, tile_m, stages, two, scaled, sort)
@@ -63,8 +62,6 @@ BATCH = {
         (1, 8, 128, 128, 3, True, True, True),
     ),
 }
-#: Rows of a decoded weight at a time; 0: all.
-PANELS = (0, 2304, 4544, 9088)
 
 
 def tiles_of(rows: int):
@@ -96,20 +93,6 @@ def time_tiles(name: str, rows: int, note) -> None:
         note({**row, "us": round(us, 1)})
 
 
-def time_panels(name: str, rows: int, note) -> None:
-    """Notes the time of decoding and multiplying by panels of the weight, and of cuBLAS alone."""
-    from qlite.kernels import linear_nf4, tiles
-
-    n, k = FALCON[name]
-    x, weights = random_bf16(rows, k), coded_weights(n, k, rotation(coded_bytes(n, k)))
-    dense = [random_bf16(n, k) for _ in range(2)]
-    cublas = cuda_graph_time([functools.partial(torch.mm, x, weight.T) for weight in dense])
-    for panel in PANELS:
-        with mock.patch.multiple(tiles, PANEL_ROWS=panel or n, PANELS_FOR=(1, rows) if panel else (0, 0)):
-            us = cuda_graph_time([functools.partial(linear_nf4.linear, x, *coded, None, n, 64) for coded in weights])
-        note({"layer": name, "rows": rows, "panel_rows": panel, "us": round(us, 1), "cublas_us": round(cublas, 1)})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles", description="What tiles.py was chosen by.")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
@@ -122,8 +105,6 @@ def main() -> None:
         for rows in map(int, arguments.rows.split(",")):
             for name in arguments.layers.split(","):
                 time_tiles(name, rows, note)
-                if rows > 256:
-                    time_panels(name, rows, note)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,6 @@ def linear(
     tile = None
     if coded[0].shape[0] == out_features and coded[0].data_ptr() % 16 == 0 and coded[0].is_contiguous():
         tile = tiles.linear_nf4(rows, (out_features, in_features), block_size, x.dtype, x.device)
-    least, most = tiles.PANELS_FOR
-    if tile is None and least <= rows <= most and coded[0].shape[0] == out_features > tiles.PANEL_ROWS:
-        return _by_panels(x.reshape(rows, in_features), coded, bias, block_size).view(*x.shape[:-1], out_features)
     if tile is None:
         weight = decoded(coded, out_features, in_features, block_size, x.dtype)
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -45,22 +42,6 @@ def linear(
         flat = flat.clone()
     run = few_rows.multiply if tile.method == "few rows" else small_batch.multiply
     return run(flat, coded, bias, block_size, tile).view(*x.shape[:-1], out_features)
-
-
-def _by_panels(x: Tensor, coded, bias: Tensor | None, block_size: int) -> Tensor:
-    """Returns what linear does, decoding and multiplying some rows of the weight after the others."""
-    out_features, in_features = coded[0].shape[0], x.shape[1]
-    y = torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
-    panel = scratch.buffer(x.device, x.dtype, tiles.PANEL_ROWS * in_features).view(tiles.PANEL_ROWS, in_features)
-    for first in range(0, out_features, tiles.PANEL_ROWS):
-        rows = slice(first, min(first + tiles.PANEL_ROWS, out_features))
-        weight = panel[: rows.stop - first]
-        nf4_codec.dequantize(*coded, in_features, block_size, x.dtype, out=weight, first_row=first)
-        if bias is None:
-            torch.mm(x, weight.T, out=y[:, rows])
-        else:
-            torch.addmm(bias[rows].to(x.dtype), x, weight.T, out=y[:, rows])
-    return y
 
 
 def gradient(grad: Tensor, coded: tuple[Tensor | None, ...], in_features: int, block_size: int) -> Tensor:

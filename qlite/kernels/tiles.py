@@ -67,10 +67,6 @@ _INTERPRETED = [
     (32, 0, Tile("small batch", 2, 4, 64, 16, two=False, width=4)),
     (64, 0, Tile("small batch", 2, 4, 64, 32, scaled=True, sort=True)),
 ]
-#: A weight that is decoded for cuBLAS is decoded and multiplied so many of its rows at a time, for such numbers of rows of x:
-#: what a panel leaves in the L2 cache is read from there. dense_h_to_4h whole and by panels, with cuBLAS alone: 284, 276 and
-#: 227 at 1024 rows of x; 524, 508 and 431 at 2048; 981, 991 and 899 at 4096. At 512 panels lose a fifth.
-PANEL_ROWS, PANELS_FOR = 4544, (1024, 3072)
 
 
 @functools.cache

@@ -118,17 +118,6 @@ def test_what_no_tile_takes_is_decoded_and_multiplied(case, monkeypatch):
     torch.testing.assert_close(y, nf4.linear(x, q.dequantize(dtype), None), rtol=2**-10, atol=1e-2)
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_panels_of_a_weight_give_the_product_of_the_whole(has_bias, monkeypatch):
-    q, bias = qlite.quantize_nf4(seeded(100, 96, device=DEVICE)), seeded(100, device=DEVICE) if has_bias else None
-    x = seeded(2, 150, 96, dtype=torch.float16, device=DEVICE)
-    whole = linear_nf4.linear(x, *parts(q), bias, 100, 64)
-    monkeypatch.setattr(tiles, "PANEL_ROWS", 33)
-    monkeypatch.setattr(tiles, "PANELS_FOR", (1, 300))
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda *arguments: pytest.fail("the whole weight was decoded"))
-    torch.testing.assert_close(linear_nf4.linear(x, *parts(q), bias, 100, 64), whole, rtol=2**-9, atol=2**-9)
-
-
 def test_every_tile_of_the_table_is_reached_by_some_number_of_rows():
     for capability in [(0, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0)]:
         limits = [most for most, _, _ in tiles.table(capability)]
