@@ -74,16 +74,12 @@ def decodes_exactly(coded, in_features: int, dtype: torch.dtype) -> bool:
     return torch.equal(found.cpu(), nf4.dequantize(*rows, in_features, BLOCK, dtype))
 
 
-def encodes_well(weight: torch.Tensor, levels: torch.Tensor, double_quant: bool) -> bool:
-    """Returns whether what is encoded decodes to within half the widest gap of its block's absmax, and 2 % of that."""
-    codes, absmax, *rest = encode(weight, levels, double_quant)
-    found = decode((codes, absmax, *rest), weight.shape[1], torch.float32)
-    largest = weight.float().abs().unflatten(1, (-1, BLOCK)).amax(dim=2, keepdim=True)
-    widest = levels.sort().values.diff().max().item() / 2
-    error = (found - weight.float()).abs().unflatten(1, (-1, BLOCK))
-    # The absmax of a block is itself encoded in 8 bits: off by 0.00703 of the largest of its 256.
-    allowed = widest * largest * 1.02 + (0.00703 * largest.max() if double_quant else 0)
-    return bool((error <= allowed).all())
+def encodes_exactly(weight: torch.Tensor, levels: torch.Tensor, double_quant: bool) -> bool:
+    """Returns whether codes and absmax are the reference's, bit for bit."""
+    codes, absmax = nf4.quantize(weight, levels, BLOCK)
+    wanted = (codes, *(nf4.quantize_absmax(absmax) if double_quant else (absmax, None, None)))
+    found = encode(weight, levels, double_quant)[:4]
+    return all(w is f or torch.equal(w, f) for w, f in zip(wanted, found, strict=True))
 
 
 def timed(what: str, timer: Callable, calls: list[Callable]) -> float | None:
@@ -125,7 +121,7 @@ def measure_layer(model: str, name: str, with_bitsandbytes: bool) -> list[dict]:
             lines.append(line)
         line = {**shape, "work": "quantize", "dtype": "bfloat16", "double_quant": double_quant}
         line["floor_us"] = floor_us(out_features, in_features, double_quant, 2, copy_bandwidth())
-        line["correct"] = encodes_well(dense[0], levels, double_quant)
+        line["correct"] = encodes_exactly(dense[0], levels, double_quant)
         calls = [functools.partial(encode, weight, levels, double_quant) for weight in dense]
         line["qlite_us"] = timed("quantize", cuda_graph_time, calls) if line["correct"] else None
         if with_bitsandbytes:

@@ -128,9 +128,15 @@ def _check_rows_or_flat(coded, out_features: int, in_features: int, block_size: 
     _check_coded(codes, absmax, absmax_scale, absmax_offset, levels, row, block_size)
 
 
+def _check_bias(bias: Tensor | None, out_features: int, caller: str) -> None:
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"{caller}: bias has shape {tuple(bias.shape)}; wanted ({out_features},)")
+
+
 def _linear_nf4_cuda(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out_features, block_size) -> Tensor:
     coded = (codes, absmax, absmax_scale, absmax_offset, levels)
     _check_rows_or_flat(coded, out_features, x.shape[-1], block_size)
+    _check_bias(bias, out_features, "linear_nf4")
     return _kernels("linear_nf4", x.device).linear(x, *coded, bias, out_features, block_size)
 
 
@@ -227,6 +233,7 @@ def _linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, 
 def _linear_int8_cuda(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, dynamic: bool) -> Tensor:
     if x.dtype == torch.float64:
         return _linear_int8(x, codes, absmax, bias, dynamic)
+    _check_bias(bias, codes.shape[0], "linear_int8")
     kernels, rows = _kernels("linear_int8", x.device), x.reshape(x.shape[:-1].numel(), x.shape[-1])
     multiply = kernels.linear_dynamic if dynamic else kernels.linear_weight_only
     y = multiply(rows, codes.contiguous(), absmax.contiguous(), None if bias is None else bias.to(x.dtype).contiguous())
@@ -425,6 +432,7 @@ def linear_nf4(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tens
         raise ValueError(
             f"linear_nf4: {weight.codes.shape[0]} rows of codes for a weight of {weight.shape[0]}; wanted as many, or 1"
         )
+    _check_bias(bias, weight.shape[0], "linear_nf4")
     x = _activation(x, weight.shape[1], "linear_nf4")
     coded = (weight.codes, weight.absmax, weight.absmax_scale, weight.absmax_offset, weight.levels)
     return _apply_linear_nf4(x, *coded, bias, weight.shape[0], weight.block_size)
@@ -452,5 +460,6 @@ def linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = 
     """
     if absmax.shape != (codes.shape[0], 1):
         raise ValueError(f"linear_int8: absmax has shape {tuple(absmax.shape)}; wanted ({codes.shape[0]}, 1)")
+    _check_bias(bias, codes.shape[0], "linear_int8")
     x = _activation(x, codes.shape[1], "linear_int8")
     return _apply_linear_int8(x, codes, absmax, bias, int8.is_dynamic(x))

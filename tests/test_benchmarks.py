@@ -183,13 +183,14 @@ def test_a_codec_is_held_against_the_reference_bit_for_bit(monkeypatch, dtype, d
     assert not nf4_codec.decodes_exactly(coded, 128, dtype)
 
 
-def test_an_encoder_that_takes_the_wrong_level_is_seen(monkeypatch):
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_an_encoder_that_takes_another_level_is_seen(monkeypatch, double_quant):
     weight, levels = torch.randn(16, 128).bfloat16(), ops.levels_tensor(nf4.NF4_LEVELS, "cpu")
-    assert nf4_codec.encodes_well(weight, levels, False)
-    codes, *rest = nf4_codec.encode(weight, levels, False)
-    codes[3, 5] ^= 0x20  # two levels further
+    assert nf4_codec.encodes_exactly(weight, levels, double_quant)
+    codes, *rest = nf4_codec.encode(weight, levels, double_quant)
+    codes[3, 5] ^= 0x10
     monkeypatch.setattr(nf4_codec, "encode", lambda *arguments: (codes, *rest))
-    assert not nf4_codec.encodes_well(weight, levels, False)
+    assert not nf4_codec.encodes_exactly(weight, levels, double_quant)
 
 
 def test_an_int8_product_is_known_by_what_x_was_for_it():

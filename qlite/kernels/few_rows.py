@@ -28,7 +28,8 @@ from qlite.kernels.tiles import Tile
 def round_to(value, dtype: tl.constexpr, PLAIN: tl.constexpr):
     if PLAIN and dtype == tl.bfloat16:  # the interpreter cuts float32 to bfloat16
         bits = value.to(tl.uint32, bitcast=True)
-        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, rounded, value)  # the bits of a NaN could overflow
     return value.to(dtype)
 
 
@@ -195,13 +196,15 @@ def _few_rows_kernel(
         tl.store(y_ptr + m * out_features + place, round_to(total, y_ptr.dtype.element_ty, PLAIN), mask=mask)
 
 
-def arguments(coded, bias: Tensor | None, block_size: int) -> tuple[list, dict]:
+def arguments(coded, bias: Tensor | None, block_size: int, dtype: torch.dtype) -> tuple[list, dict]:
     """Returns what both kernels of linear_nf4.py are given: pointers, and constants."""
     codes, absmax, scale, offset, levels = coded
     double_quant = scale is not None
     dynamic = dynamic_levels_on(codes.device, signed=True) if double_quant else levels
     if scale is None:
         scale = offset = levels  # pointers that nothing is read from
+    levels = levels.contiguous()
+    bias = None if bias is None else bias.to(dtype).contiguous()
     pointers = [codes.view(torch.int32), absmax.contiguous(), scale, offset, dynamic, levels, bias]
     constants = {
         "RATIO": block_size // 64, "DOUBLE_QUANT": double_quant, "BIAS": bias is not None,
@@ -214,7 +217,7 @@ def multiply(x: Tensor, coded, bias: Tensor | None, block_size: int, tile: Tile)
     """Returns x (1 to 4 rows, contiguous, 16-byte aligned) times the weight of `coded`: rows of codes, blocks of 64 n."""
     (rows, in_features), out_features, warps = x.shape, coded[0].shape[0], tile.warps
     y = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
-    pointers, constants = arguments(coded, bias, block_size)
+    pointers, constants = arguments(coded, bias, block_size, x.dtype)
     assembly = dict.fromkeys(("TABLE", "PAIRS", "RAW", "SCALES", "PRODUCT", "SUM"), "")
     if not constants["PLAIN"]:
         double_quant = constants["DOUBLE_QUANT"]

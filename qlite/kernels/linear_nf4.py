@@ -1,8 +1,8 @@
 """x @ decode(W).T and grad @ decode(W) on CUDA: which kernel runs, and the way by a decoded weight for many rows.
 
 Few rows are multiplied by the codes themselves (few_rows.py, small_batch.py). For many the arithmetic is what takes time: the
-weight is decoded into memory that every layer of a stream shares (scratch.py), and cuBLAS multiplies. tiles.py says from
-where on. The specification is nf4.linear over nf4.dequantize.
+weight is decoded for one product, by cuBLAS. The allocator gives every layer of a stream the same memory for it, and autograd
+keeps none. tiles.py says from where on. The specification is nf4.linear over nf4.dequantize.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlite.kernels import few_rows, nf4_codec, scratch, small_batch, tiles
+from qlite.kernels import few_rows, nf4_codec, small_batch, tiles
 
 
 def linear(
@@ -30,7 +30,8 @@ def linear(
     coded = codes, absmax, absmax_scale, absmax_offset, levels
     if codes.shape[0] != out_features and in_features % block_size == 0:
         # Encoded flat, in blocks that no two rows share: the bytes are those of rows.
-        coded = codes.view(out_features, -1), absmax.view(out_features, -1), *coded[2:]
+        rows_of = codes.view(out_features, in_features // 2), absmax.view(out_features, in_features // block_size)
+        coded = *rows_of, *coded[2:]
     tile = None
     if coded[0].shape[0] == out_features and coded[0].data_ptr() % 16 == 0 and coded[0].is_contiguous():
         tile = tiles.linear_nf4(rows, (out_features, in_features), block_size, x.dtype, x.device)
@@ -50,8 +51,6 @@ def gradient(grad: Tensor, coded: tuple[Tensor | None, ...], in_features: int, b
 
 
 def decoded(coded, out_features: int, in_features: int, block_size: int, dtype: torch.dtype) -> Tensor:
-    """Returns the weight (out_features, in_features) in memory that the next call on this stream writes over."""
-    device = coded[0].device
-    weight = scratch.buffer(device, dtype, out_features * in_features).view(out_features, in_features)
+    """Returns the weight (out_features, in_features) of its five parts, which may hold it flat."""
     row = in_features if coded[0].shape[0] == out_features else out_features * in_features
-    return nf4_codec.dequantize(*coded, row, block_size, dtype, out=weight)
+    return nf4_codec.dequantize(*coded, row, block_size, dtype).view(out_features, in_features)

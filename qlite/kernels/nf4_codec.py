@@ -363,7 +363,7 @@ def dequantize(
     assert first_row >= 0 and (first_row + rows) * columns <= codes.shape[0] * in_features
     if not out.numel():
         return out
-    codes, absmax = codes.contiguous(), absmax.contiguous()
+    codes, absmax, levels = codes.contiguous(), absmax.contiguous(), levels.contiguous()
     # Of 8 weights or 16 bytes of output, or as many as divide a row (and the address of the codes allows).
     chunk = 8 if out.element_size() == 2 else 4
     while columns % chunk or codes.data_ptr() % max(1, chunk // 2):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlite.kernels import ptx, scratch
+from qlite.kernels import ptx
 from qlite.kernels.few_rows import arguments, pairs_of, round_to
 from qlite.kernels.tiles import Tile
 
@@ -206,7 +206,6 @@ def _small_batch_kernel(
                     at = other * (2 * TILE_N * TILE_M)
                     sum_of_parts += tl.load(parts_ptr + at + inner, cache_modifier=".cg")
                 _store_tile(sum_of_parts, n, m, mask, out_features, y_ptr, bias_ptr, BIAS, PLAIN)
-                tl.store(counters_ptr + tile, 0)
         start += end - begin
 
 
@@ -215,7 +214,7 @@ def multiply(x: Tensor, coded, bias: Tensor | None, block_size: int, tile: Tile)
     (rows, in_features), out_features, warps = x.shape, coded[0].shape[0], tile.warps
     device = x.device
     y = torch.empty((rows, out_features), dtype=x.dtype, device=device)
-    pointers, constants = arguments(coded, bias, block_size)
+    pointers, constants = arguments(coded, bias, block_size, x.dtype)
     plain = constants["PLAIN"]
     assembly = {"TABLE": "", "LOOK": "", "LEVEL": ""}
     if not plain:
@@ -231,9 +230,10 @@ def multiply(x: Tensor, coded, bias: Tensor | None, block_size: int, tile: Tile)
     tiles_m = triton.cdiv(rows, tile.tile_m)
     total_steps = steps * tiles_m * triton.cdiv(out_features, tile.tile_n)
     programs = min(tile.programs, total_steps)
+    counters = torch.zeros(total_steps // steps, dtype=torch.int32, device=device)
     parts = torch.empty(2 * programs * tile.tile_n * tile.tile_m, dtype=torch.float32, device=device)
     _small_batch_kernel[(programs,)](
-        x, *pointers, y, parts, scratch.counters(device, total_steps // steps), rows, out_features, in_features,
+        x, *pointers, y, parts, counters, rows, out_features, in_features,
         blocks, coded[1].shape[1], steps, tiles_m, total_steps,
         TILE_N=tile.tile_n, TILE_M=tile.tile_m, WARPS=warps, STAGES=tile.stages, TWO=tile.two, WIDTH=tile.width,
         SORTED=tile.sort, **constants, SCALED=tile.scaled, **assembly, LANE_MASK=15 if tile.scaled else 31,
