@@ -197,7 +197,7 @@ def _few_rows_kernel(
 
 
 def arguments(coded, bias: Tensor | None, block_size: int, dtype: torch.dtype) -> tuple[list, dict]:
-    """Returns what both kernels of linear_nf4.py are given: pointers, and constants."""
+    """Returns what this kernel and small_batch.py's are given: pointers, and constants."""
     codes, absmax, scale, offset, levels = coded
     double_quant = scale is not None
     dynamic = dynamic_levels_on(codes.device, signed=True) if double_quant else levels

@@ -7,8 +7,8 @@ Layout, with M rows, N out_features and K in_features: x (M, K) 16 bits; codes i
 and (M, 1); bias (N,) or none; y (M, N). Sums of products of codes are exact in int32, every other operation is rounded on
 its own (no contraction to fused multiply-add), so the dynamic product equals int8.linear_dynamic bit for bit.
 
-Not done here: stream-K, and a reduction of K's shares by the last block: a second launch costs 2 us and needs no counters,
-which graphs replayed on two streams at once would share.
+Not done here: stream-K, and a reduction of K's shares by the last block: a second launch costs 2 us, and needs no
+counters that start at zero.
 """
 
 from __future__ import annotations
@@ -184,10 +184,10 @@ def _product_kernel(
 def _product_by_map_kernel(
     x_map, codes_map, x_absmax_ptr, absmax_ptr, bias_ptr, y_ptr, rows, out_features, in_features, tiles, programs,
     ROWS: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ROUND_BFLOAT16: tl.constexpr, FLATTEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROUND_BFLOAT16: tl.constexpr,
 ):  # fmt: skip
     """The same over tensor maps: the copy engine fills shared memory, and writes zeros for what lies outside."""
-    for number in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
+    for number in tl.range(tl.program_id(0), tiles, programs):
         down, across = _tile(number, tl.cdiv(rows, ROWS), tl.cdiv(out_features, OUT), GROUP)
         sums = tl.zeros([ROWS, OUT], dtype=tl.int32)
         for start in range(0, in_features, COLUMNS):
@@ -361,7 +361,7 @@ def product(
         programs = tiles
         if codes.is_cuda:
             programs = min(tiles, torch.cuda.get_device_properties(codes.device).multi_processor_count)
-        _product_by_map_kernel[(programs,)](*maps, *ends, tiles, programs, FLATTEN=False, **cut, **launch)
+        _product_by_map_kernel[(programs,)](*maps, *ends, tiles, programs, **cut, **launch)
     else:
         _product_kernel[(tiles,)](x_codes, codes, *ends, WHOLE=in_features % tile.columns == 0, **cut, **launch)
     return y

@@ -1,4 +1,4 @@
-"""Fragments of PTX that linear_nf4.py inlines: what Triton cannot say of decoding 4 bits. NVIDIA, capability 8.0 and later.
+"""Fragments of PTX that few_rows.py and small_batch.py inline: what Triton cannot say of 4 bits. NVIDIA, capability 8.0 on.
 
 A byte holds the codes of two neighbouring weights. `table` puts the decoded pair of each of the 256 bytes in shared memory,
 32 copies of it, one for each bank, so that 32 threads look up 32 bytes without waiting for each other; `pairs` and
@@ -9,7 +9,7 @@ thread's copy). Each look-up yields what a tensor core takes: two 16-bit weights
 four neighbours of a row: threads 4 g to 4 g + 3 of a warp hold row g. That is the arrangement of the operands of mma.sync
 (PTX ISA, "Matrix fragments for mma.m16n8k16"), and how Triton lays out a tensor that is read 16 bytes at a time.
 
-Not done here: anything that Triton's interpreter could run; linear_nf4.py has the same in plain Triton beside each.
+Not done here: anything that Triton's interpreter could run; those files have the same in plain Triton beside each.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Times are microseconds for Falcon-7B's dense_h_to_4h (18176 x 4544, block 64, double quantization) in bfloat16 on an H200, in
 CUDA graphs over rotated weights. cuBLAS on the decoded weight takes 45 up to 64 rows and 60 at 256; decoding it first 54.
-None instead of a Tile: decode into scratch memory and let cuBLAS multiply.
+None instead of a Tile: decode the weight and let cuBLAS multiply.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One way to launch a kernel of linear_nf4.py.
+    """One way to launch the kernel of few_rows.py or small_batch.py.
 
     Attributes:
         method: "few rows" or "small batch".
@@ -39,12 +39,12 @@ class Tile:
 
 
 #: Rows of x, up to which, weights of the matrix, from which on -> Tile, its programs those of one multiprocessor. A launch
-#: needs more than 48 KiB of Triton's own shared memory or, with the 33 KiB of ptx.table, no more than 48: Triton asks the
+#: needs more than 48 KiB of Triton's own shared memory or, with the 33 to 35 KiB of ptx.table, no more than 48: Triton asks the
 #: driver for more only by its own.
 _FEW = (4, 0, Tile("few rows", 4, 4))
 _HOPPER = [
-    # 1 row: 23, 4 rows: 24 (bitsandbytes 41, 131); 3 programs: 24, 30; 8 warps: 23, 26; all with a chunk of the next rows
-    # read ahead, without which 1 row takes 20.5.
+    # 1 row: 20.5. Before, with a chunk of the next rows read ahead: 23, 4 rows: 24 (bitsandbytes 41, 131); 3 programs: 24,
+    # 30; 8 warps: 23, 26.
     _FEW,
     (16, 0, Tile("small batch", 2, 4, 128, 16, stages=6)),  # 32; 3 programs: 40; tiles of 64: 56; of 256: 33
     (32, 0, Tile("small batch", 2, 4, 128, 32, stages=4)),  # 38

@@ -102,7 +102,7 @@ ROWS = {"FLAT_CODES": False, "FLAT_OUT": False}
 
 
 def linear_nf4(module, kernel, tile, signature, constants, dtype, double_quant, bias, **rest):
-    """Entries of linear_nf4.py: `signature` behind the pointers that both kernels share, `constants` beside those."""
+    """Entries of few_rows.py and small_batch.py: `signature` behind the pointers that they share, `constants` beside those."""
     name = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     shared = {
         "codes_ptr": "*i32", "absmax_ptr": "*u8" if double_quant else "*fp32", "scale_ptr": "*fp32", "offset_ptr": "*fp32",
@@ -164,7 +164,7 @@ def int8_many_rows(capability, aligned, rows=4096, dtype="*bf16", **rest):
         return int8("linear_int8", "_product_kernel", signature, cut | {"WHOLE": aligned}, aligned, **rest)
     maps = {f"{name}_map": f"tensordesc<i8[{side}, {tile.columns}]>" for name, side in (("x", tile.rows), ("codes", tile.out))}
     signature = {**maps, **ends, "tiles": "i32", "programs": "i32"}
-    return int8("linear_int8", "_product_by_map_kernel", signature, cut | {"FLATTEN": False}, **rest)
+    return int8("linear_int8", "_product_by_map_kernel", signature, cut, **rest)
 
 
 def int8_few_rows(capability, rows, dtype="*bf16", **rest):
@@ -204,7 +204,8 @@ JOIN = {
 }
 #: The few rows' kernel has no tensor core to use before capability 8.0, and there runs as in the interpreter.
 TENSOR_CORES = tuple(capability for capability in CAPABILITIES if capability >= 80)
-#: Instructions a weight. 256 rows: two registers spill before the loop; with half the rows a tile it takes a tenth longer.
+#: Instructions a weight. 256 rows: two registers spill before the loop, and with a bias 28 around it, once a tile; with half
+#: the rows a tile it takes a tenth longer.
 BUDGETS = {16: 3.2, 32: 3.8, 64: 5.4, 128: 6.1, 256: 8.6}
 HOPPER, AMPERE = ({most: tile for most, _, tile in tiles.table(of)[1:]} for of in ((9, 0), (8, 6)))
 VARIANTS = {
@@ -248,6 +249,13 @@ VARIANTS = {
         )
         for rows, tile in HOPPER.items()
     },
+    **{
+        f"{rows} rows on Hopper, float16, absmax in float32, bias": small_batch(
+            tile, torch.float16, False, True, capabilities=(90,), stack={128: 8, 256: 112}.get(rows, 0)
+        )
+        for rows, tile in HOPPER.items()
+    },
+    "256 rows on Hopper, bias": small_batch(HOPPER[256], bias=True, capabilities=(90,), stack=112),
     "int8 rows encoded": int8("int8_codec", "_quantize_kernel", ENCODE, {"BLOCK": 8192, "WHOLE": True}, warps=8),
     "int8 rows of any length encoded": int8(
         "int8_codec", "_quantize_kernel", ENCODE, {"BLOCK": 8192, "WHOLE": False}, False, warps=8
@@ -269,9 +277,6 @@ VARIANTS = {
     "int8, many rows of any length": int8_many_rows((9, 0), False, capabilities=TENSOR_CORES),
     "int8, many rows": int8_many_rows((9, 0), True, capabilities=(90,)),
     "int8, some hundred rows": int8_many_rows((9, 0), True, 256, capabilities=(90,)),
-    "16 rows on Hopper, float16, absmax in float32, bias": small_batch(
-        HOPPER[16], torch.float16, False, True, capabilities=(90,)
-    ),
 }  # fmt: skip
 UNFIT = {
     "fifteen loads": Variant(
