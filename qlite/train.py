@@ -4,7 +4,7 @@ One step takes `accumulate` batches and divides their summed loss by all the ans
 batches weigh as they would in one big batch. Only parameters with requires_grad are touched; the model computes in its own
 dtype, and float16 activations get a loss scale. A step whose loss or gradient is not finite changes nothing.
 
-Not done here: several processes (distributed training), evaluation, a chunked cross-entropy.
+Not done here: several processes (distributed training), evaluation.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qlite import resume as saved_run
+from qlite.cross_entropy import linear_cross_entropy
 from qlite.data import IGNORED, Batch, FAQBatches, format_prompt
 from qlite.experts import ExpertStack
 from qlite.linear import QuantizedLinear
@@ -88,12 +89,13 @@ def learning_rate_factor(step: int, steps: int, schedule: str, warmup: float) ->
 def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Returns the summed cross-entropy of the labelled tokens of a batch, a float32 scalar.
 
-    A model with hidden_states, such as Falcon, computes logits for the positions that predict a label, and for no others.
-    Any other is called with input_ids alone. Rows are padded on the right: what a causal model says of a token does not
-    depend on the padding after it, so it needs no mask.
+    A model with hidden_states, such as Falcon, computes logits for the positions that predict a label, and for no others, a
+    chunk of them at a time. Any other is called with input_ids alone. Rows are padded on the right: what a causal model says
+    of a token does not depend on the padding after it, so it needs no mask.
 
     Args:
-        model: has hidden_states(input_ids) and lm_head, or returns logits (B, T, vocabulary), themselves or as `.logits`.
+        model: has hidden_states(input_ids) and lm_head, a module with out_features, or returns logits (B, T, vocabulary),
+            themselves or as `.logits`.
 
     Raises:
         TypeError: the model returned something else.
@@ -105,18 +107,16 @@ def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
     input_ids = batch.input_ids.to(device)
     if hasattr(model, "hidden_states"):
         hidden = model.hidden_states(input_ids)  # type: ignore[operator]
-        logits = model.lm_head(hidden[rows, columns])  # type: ignore[operator]
-    else:
-        output = model(input_ids=input_ids)
-        every = getattr(output, "logits", output)
-        if not isinstance(every, Tensor) or every.shape[:-1] != input_ids.shape:
-            found = tuple(every.shape) if isinstance(every, Tensor) else f"a {type(every).__name__}"
-            raise TypeError(
-                f"finetune: {type(model).__name__} returned {found} for input_ids {tuple(input_ids.shape)}; wanted logits "
-                "(B, T, vocabulary), themselves or as .logits"
-            )
-        logits = every[rows, columns]
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return linear_cross_entropy(hidden[rows, columns], model.lm_head, targets)  # type: ignore[arg-type]
+    output = model(input_ids=input_ids)
+    every = getattr(output, "logits", output)
+    if not isinstance(every, Tensor) or every.shape[:-1] != input_ids.shape:
+        found = tuple(every.shape) if isinstance(every, Tensor) else f"a {type(every).__name__}"
+        raise TypeError(
+            f"finetune: {type(model).__name__} returned {found} for input_ids {tuple(input_ids.shape)}; wanted logits "
+            "(B, T, vocabulary), themselves or as .logits"
+        )
+    return nn.functional.cross_entropy(every[rows, columns].float(), targets, reduction="sum")
 
 
 def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -26,7 +26,7 @@ FLOORS = {
     4: ("ops",),
     3: ("kernels", "bnb_layout"),
     2: ("nf4", "adamw_8bit", "data", "lora"),
-    1: ("dynamic8", "int8", "lora_init", "falcon", "paging", "storage", "download", "experts", "operators"),
+    1: ("dynamic8", "int8", "lora_init", "falcon", "paging", "storage", "download", "experts", "operators", "cross_entropy"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 #: Imports between two files of one floor; each is stated, and they make no circle (tested below).
