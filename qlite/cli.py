@@ -126,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_base_flags(ask)
     ask.add_argument("--adapter", help="folder or hub id of a LoRA adapter")
     ask.add_argument("--questions", help="a FAQ file whose questions are all answered, instead of one from the line")
+    ask.add_argument("--interactive", action="store_true", help="answer the lines of standard input, one after the other")
     ask.add_argument("--tokens", action="store_true", help="print token ids as JSON, one list a question")
+    ask.add_argument("--stats", action="store_true", help="say on stderr how long it took: to the first token, a token")
     ask.add_argument("--max-new-tokens", type=int, default=64, help="at most so many tokens an answer")
     ask.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
     ask.add_argument("--top-k", type=int, help="draw among the k likeliest")
@@ -215,6 +217,35 @@ def _answers(model: Falcon, tokenizer: Tokenizer, questions: list[str], **option
     prompts = [encode_prompt(tokenizer, question) for question in questions]
     groups = [prompts[first : first + ROWS] for first in range(0, len(prompts), ROWS)]
     return [answer for group in groups for answer in qlite.generate(model, group, **options)]
+
+
+class _Telling:
+    """Prints an answer as its tokens come, and keeps the time: an `on_token` of `generate`.
+
+    What is printed is what tokenizer.decode(all).strip() would be. A character whose bytes have not all come ends in U+FFFD,
+    and spaces may turn out to be at the end: both wait.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None):
+        self.tokenizer, self.tokens, self.told = tokenizer, [], ""
+        self.start, self.first = time.perf_counter(), 0.0
+
+    def __call__(self, row: int, token: int) -> None:
+        if not self.tokens:
+            self.first = time.perf_counter() - self.start
+        self.tokens.append(token)
+        if self.tokenizer is not None:
+            self.tell(self.tokenizer.decode(self.tokens).strip())
+
+    def tell(self, text: str, end: bool = False) -> None:
+        if end or not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(self.told) :], end="\n" if end else "", flush=True)
+            self.told = text
+
+    def stats(self) -> str:
+        seconds = time.perf_counter() - self.start
+        rate = f"{len(self.tokens) / seconds:,.1f} tokens/s"
+        return f"{len(self.tokens)} tokens in {seconds:.2f} s, {rate}; the first after {self.first:.2f} s"
 
 
 def _exact(tokenizer: Tokenizer, tokens: list[list[int]], pairs: list[tuple[str, str]]) -> str:
@@ -371,9 +402,9 @@ def finetune(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Answer a question, or all questions of a file, with a base and an adapter."""
-    if (options.question is None) == (options.questions is None):
-        raise ValueError("generate: give one question, or --questions FILE")
+    """Answer a question, all questions of a file, or one line of standard input after the other."""
+    if (options.question is not None) + (options.questions is not None) + options.interactive != 1:
+        raise ValueError("generate: give one question, or --questions FILE, or --interactive")
     questions = [options.question]
     if options.questions is not None:
         questions = [question for question, _ in read_faq(options.questions)]
@@ -383,9 +414,35 @@ def generate(options: argparse.Namespace) -> int:
         qlite.load_adapter(model, adapter)
     keys = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
     choices = {key: getattr(options, key) for key in keys}
-    for answer in _answers(model, tokenizer, questions, **choices):
-        print(json.dumps(answer) if options.tokens else tokenizer.decode(answer).strip(), flush=True)
-    return 0
+    if not options.interactive:
+        _answer(model, tokenizer, questions, options, choices)
+        return 0
+    while True:
+        print("question: ", end="", flush=True, file=sys.stderr)
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        try:
+            _answer(model, tokenizer, [line.strip()], options, choices)
+        except ValueError as error:  # of this question alone: empty, or too long
+            print(f"qlite generate: {str(error).removeprefix('generate: ')}", file=sys.stderr)
+
+
+def _answer(
+    model: Falcon, tokenizer: Tokenizer, questions: list[str], options: argparse.Namespace, choices: dict[str, Any]
+) -> None:
+    """Prints the answers as `generate` was told to: one question's as it comes."""
+    streamed = options.questions is None and not options.tokens
+    telling = _Telling(tokenizer if streamed else None)
+    answers = _answers(model, tokenizer, questions, **choices, on_token=telling)
+    for answer in answers:
+        text = tokenizer.decode(answer).strip()
+        if streamed:
+            telling.tell(text, end=True)
+        else:
+            print(json.dumps(answer) if options.tokens else text, flush=True)
+    if options.stats:
+        print(telling.stats(), file=sys.stderr)
 
 
 def quantize(options: argparse.Namespace) -> int:

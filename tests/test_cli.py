@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import pathlib
 import re
@@ -12,6 +14,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import qlite
@@ -297,10 +301,47 @@ def test_a_file_of_questions_is_answered_line_by_line(faq, capsys):
     assert len(lines) == 3 and all(0 < len(json.loads(line)) <= 3 for line in lines)
 
 
+def test_lines_of_standard_input_are_answered_one_after_the_other(monkeypatch, capsys):
+    asked = ["Where is my parcel?", "How can I create an account?"]
+    for question in asked:
+        assert cli.main(["generate", question, "--max-new-tokens", "12"]) == 0
+    alone = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{asked[0]}\n\n{'long ' * 3000}\n{asked[1]}"))
+    assert cli.main(["generate", "--interactive", "--max-new-tokens", "12"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == alone and len(alone.splitlines()) == 2
+    assert captured.err.count("question: ") == 5
+    assert "the question is empty" in captured.err and "exceed the model's context" in captured.err
+
+
+def test_stats_say_how_many_tokens_came_and_when(capsys):
+    assert cli.main(["generate", "Where is my parcel?", "--tokens", "--stats", "--max-new-tokens", "5"]) == 0
+    captured = capsys.readouterr()
+    tokens, seconds, first = re.search(
+        r"(\d+) tokens in ([\d.]+) s, [\d,.]+ tokens/s; the first after ([\d.]+) s", captured.err
+    ).groups()
+    assert int(tokens) == len(json.loads(captured.out)) and float(first) <= float(seconds)
+
+
+@given(st.lists(st.integers(0, 511), max_size=40))
+def test_what_is_told_bit_by_bit_is_the_whole_answer(tokens):
+    tokenizer = qlite.load_tokenizer(BASE)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        telling = cli._Telling(tokenizer)
+        for token in tokens:
+            telling(0, token)
+        before = printed.getvalue()
+        telling.tell(tokenizer.decode(tokens).strip(), end=True)
+    whole = tokenizer.decode(tokens).strip()
+    assert printed.getvalue() == whole + "\n" and whole.startswith(before) and telling.tokens == tokens
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["generate"], "give one question, or --questions"),
+        (["generate", "a", "--interactive"], "or --interactive"),
         (["generate", "a", "--questions", "b.json"], "give one question, or --questions"),
         (["generate", "a", "--base", "/nowhere"], "/nowhere is neither a folder nor a hub id"),
         (["generate", "a", "--adapter", "/nowhere"], "/nowhere is neither a folder nor a hub id"),
