@@ -9,6 +9,7 @@ from qlite.hub import push_adapter
 from qlite.int8 import Int8Tensor
 from qlite.linear import Linear4bit, Linear8bit
 from qlite.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
+from qlite.memory import estimate
 from qlite.merge import merge_adapter, save_merged
 from qlite.nf4 import NF4Tensor
 from qlite.ops import quantize_int8, quantize_nf4
@@ -30,6 +31,7 @@ __all__ = [
     "NF4Tensor",
     "PagedAdamW8bit",
     "add_lora",
+    "estimate",
     "faq_batches",
     "finetune",
     "generate",

@@ -1,4 +1,4 @@
-"""The command line: `qlite finetune`, `generate`, `quantize`, `merge`, `push`, each over the same public functions.
+"""The command line: `qlite finetune`, `generate`, `quantize`, `estimate`, `merge`, `push`, each over the same public functions.
 
 On its defaults `qlite finetune` is the demo: the packaged tiny Falcon learns the packaged FAQ. With `--recipe tutorial` and
 `--base tiiuae/falcon-7b` it is the job on a full-size model. Bad input ends in one line on stderr and exit status 2.
@@ -24,15 +24,17 @@ from tokenizers import Tokenizer
 
 import qlite
 from qlite.checkpoint import check_device, is_encoded
+from qlite.console import Telling
 from qlite.data import ASSETS, FAQBatches, encode_prompt, read_faq
 from qlite.download import resolve_folder
-from qlite.falcon import Falcon
+from qlite.falcon import Falcon, FalconConfig
 from qlite.linear import QuantizedLinear
 from qlite.lora_init import STARTS
+from qlite.memory import whether_it_fits
 from qlite.nf4 import BLOCK_SIZES, FP4_LEVELS
 from qlite.resume import checkpoints
 from qlite.saving import LAYOUTS
-from qlite.storage import FLOATS, check_free, read_tensor, stored_tensors
+from qlite.storage import FLOATS, check_free, read_json, read_tensor, stored_tensors
 from qlite.train import SCHEDULES, check_options, plot_losses
 
 #: What `--recipe` sets where a flag is not given. "demo" was tuned for the tiny base on two CPU cores; "tutorial" is the
@@ -63,7 +65,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Every flag with its default."""
 
 
-def _add_base_flags(parser: argparse.ArgumentParser) -> None:
+def _add_base_flags(parser: argparse.ArgumentParser, device: bool = True) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--base", default=str(ASSETS / "tiny-falcon"), help="folder or hub id of the base")
     group.add_argument("--revision", help="branch, tag or commit of the base on the hub")
@@ -77,7 +79,22 @@ def _add_base_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: float32 on the CPU, else 16 bits; to quantize or merge, as stored",
     )
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
+    if device:
+        group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
+
+
+def _add_estimate(verbs: Any) -> None:
+    size = verbs.add_parser("estimate", formatter_class=_Help, help="GPU memory, beforehand", description=estimate.__doc__)
+    _add_base_flags(size, device=False)
+    size.add_argument("--r", type=int, default=16, help="rank of the adapters")
+    size.add_argument("--dropout", type=float, default=0.05, help="on the adapters' input")
+    size.add_argument("--targets", default="query_key_value", help="as for finetune")
+    size.add_argument("--dora", action="store_true", help="train the norm of each row of the weights too")
+    size.add_argument("--batch-size", type=int, default=1, help="questions a batch")
+    size.add_argument("--max-length", type=int, default=512, help="tokens of a question and its answer")
+    size.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="as for finetune")
+    size.add_argument("--memory", type=float, help="GiB of a card: does it fit, and up to which batch")
+    size.set_defaults(alpha=32.0, init="kaiming", rslora=False)  # which cost nothing
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,15 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--seed", type=int, default=0, help="of the draws")
     ask.add_argument("question", nargs="?", help="the question")
 
-    quant = verbs.add_parser(
-        "quantize", formatter_class=_Help, help="write a quantized checkpoint", description=quantize.__doc__
-    )
+    quant = verbs.add_parser("quantize", formatter_class=_Help, help="write it encoded", description=quantize.__doc__)
     _add_base_flags(quant)
     quant.add_argument("--output", required=True, help="folder to write; must not hold anything")
-    quant.add_argument(
-        "--layout", choices=LAYOUTS, default="qlite", help="of the tensors; bitsandbytes: as transformers has it"
-    )
+    quant.add_argument("--layout", choices=LAYOUTS, default="qlite", help="of the tensors; bitsandbytes: transformers'")
 
+    _add_estimate(verbs)
     share = verbs.add_parser("push", formatter_class=_Help, help="put an adapter on the hub", description=push.__doc__)
     share.add_argument("folder", help="the adapter's folder, such as runs/faq/adapter")
     share.add_argument("repo_id", help="owner/name on the hub; created where it is not there")
@@ -217,35 +231,6 @@ def _answers(model: Falcon, tokenizer: Tokenizer, questions: list[str], **option
     prompts = [encode_prompt(tokenizer, question) for question in questions]
     groups = [prompts[first : first + ROWS] for first in range(0, len(prompts), ROWS)]
     return [answer for group in groups for answer in qlite.generate(model, group, **options)]
-
-
-class _Telling:
-    """Prints an answer as its tokens come, and keeps the time: an `on_token` of `generate`.
-
-    What is printed is what tokenizer.decode(all).strip() would be. A character whose bytes have not all come ends in U+FFFD,
-    and spaces may turn out to be at the end: both wait.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None):
-        self.tokenizer, self.tokens, self.told = tokenizer, [], ""
-        self.start, self.first = time.perf_counter(), 0.0
-
-    def __call__(self, row: int, token: int) -> None:
-        if not self.tokens:
-            self.first = time.perf_counter() - self.start
-        self.tokens.append(token)
-        if self.tokenizer is not None:
-            self.tell(self.tokenizer.decode(self.tokens).strip())
-
-    def tell(self, text: str, end: bool = False) -> None:
-        if end or not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(self.told) :], end="\n" if end else "", flush=True)
-            self.told = text
-
-    def stats(self) -> str:
-        seconds = time.perf_counter() - self.start
-        rate = f"{len(self.tokens) / seconds:,.1f} tokens/s"
-        return f"{len(self.tokens)} tokens in {seconds:.2f} s, {rate}; the first after {self.first:.2f} s"
 
 
 def _exact(tokenizer: Tokenizer, tokens: list[list[int]], pairs: list[tuple[str, str]]) -> str:
@@ -433,7 +418,7 @@ def _answer(
 ) -> None:
     """Prints the answers as `generate` was told to: one question's as it comes."""
     streamed = options.questions is None and not options.tokens
-    telling = _Telling(tokenizer if streamed else None)
+    telling = Telling(tokenizer if streamed else None)
     answers = _answers(model, tokenizer, questions, **choices, on_token=telling)
     for answer in answers:
         text = tokenizer.decode(answer).strip()
@@ -452,6 +437,24 @@ def quantize(options: argparse.Namespace) -> int:
     qlite.save_checkpoint(model, options.output, layout=options.layout, tokenizer_json=tokenizer_json)
     size = sum(path.stat().st_size for path in pathlib.Path(options.output).iterdir())
     print(f"wrote {options.output} ({size / 1e6:,.1f} MB)")
+    return 0
+
+
+def estimate(options: argparse.Namespace) -> int:
+    """Say what a fine-tuning takes of GPU memory, from the base's config.json alone; paged 8-bit AdamW."""
+    folder = resolve_folder(options.base, revision=options.revision, names=("config.json",))
+    values = read_json(folder / "config.json")
+    if "quantization_config" in values and options.quantize is None:
+        raise ValueError(f"{options.base} is quantized already; name its format by --quantize")
+    config = FalconConfig.from_dict(values)
+    settings: dict[str, Any] = {
+        "quantize": _kind(options, encoded=False), "lora": _config(options),
+        "dtype": torch.bfloat16 if options.dtype == "auto" else DTYPES[options.dtype], "tokens": options.max_length,
+        "gradient_checkpointing": options.gradient_checkpointing,
+    }  # fmt: skip
+    print(qlite.estimate(config, batch_size=options.batch_size, **settings))
+    if options.memory is not None:
+        print(whether_it_fits(config, options.memory, options.batch_size, **settings))
     return 0
 
 
@@ -482,10 +485,9 @@ def merge(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status of a command line: 0, 1 where the work failed, 2 for bad input, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    verbs = {"finetune": finetune, "generate": generate, "quantize": quantize, "merge": merge, "push": push}
-    verb = verbs[options.verb]
+    verbs = [finetune, generate, quantize, estimate, merge, push]
     try:
-        return verb(options)
+        return {verb.__name__: verb for verb in verbs}[options.verb](options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"qlite {options.verb}: {str(error).removeprefix(f'{options.verb}: ')}", file=sys.stderr)
         return 2

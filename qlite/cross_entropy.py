@@ -28,19 +28,24 @@ def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
     return (gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * factor).to(gradient.dtype)
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor, scale: float, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Returns the summed loss of logits (n, vocabulary), and scale times its gradient in their dtype, or None."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    largest = logits.amax(dim=-1, keepdim=True).to(dtype)
-    weights = (logits - largest).exp_()  # float32, for the subtraction of a 16-bit and a float32 tensor is
-    totals = weights.sum(dim=-1, keepdim=True)
-    targets = targets[:, None]
-    loss = (totals.log() + (largest - logits.gather(-1, targets))).sum()
-    if not need_gradient:
-        return loss, None
-    weights.mul_(scale / totals)
-    weights.scatter_add_(-1, targets, torch.full_like(totals, -scale))
-    return loss, weights.to(logits.dtype)
+class _SummedCrossEntropy(torch.autograd.Function):
+    """The summed loss of logits (n, vocabulary), and its gradient in their dtype. Backward runs once: it writes in place."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        largest = logits.amax(dim=-1, keepdim=True).to(dtype)
+        weights = (logits - largest).exp_()  # float32, for the subtraction of a 16-bit and a float32 tensor is
+        totals = weights.sum(dim=-1, keepdim=True)
+        targets = targets[:, None]
+        ctx.weights, ctx.totals, ctx.targets, ctx.dtype = weights, totals, targets, logits.dtype
+        return (totals.log() + (largest - logits.gather(-1, targets))).sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        weights = ctx.weights.mul_(grad / ctx.totals)
+        weights.scatter_add_(-1, ctx.targets, (-grad).expand_as(ctx.totals))
+        return weights.to(ctx.dtype), None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -55,17 +60,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x = hidden[part].detach().requires_grad_(needed[0])
             with torch.set_grad_enabled(any(needed)):
                 logits = head(x)
-            ctx.scale = FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
-            added, gradient = _loss_and_gradient(logits.detach(), targets[part], ctx.scale, any(needed))
-            loss += added
-            if gradient is None:
+                ctx.scale = FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
+                added = _SummedCrossEntropy.apply(logits, targets[part])
+            del logits  # only its shape is needed from here on
+            loss += added.detach()
+            if not any(needed):
                 continue
             sources = [t for t, need in zip((x, *parameters), needed, strict=True) if need]
             sums = [t[part] if t is whole[0] else t for t in whole if t is not None]
-            for total, one in zip(sums, torch.autograd.grad(logits, sources, gradient, allow_unused=True), strict=True):
+            seed = torch.full_like(added, ctx.scale)
+            for total, one in zip(sums, torch.autograd.grad(added, sources, seed, allow_unused=True), strict=True):
                 if one is not None:
                     total += one
-            del logits, gradient  # before the next chunk's are made
+            del added  # before the next chunk's are made
         ctx.save_for_backward(*whole)
         return loss
 

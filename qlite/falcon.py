@@ -241,13 +241,16 @@ class _Attention(nn.Module):
             query, key = _rotate(query, *rotary), _rotate(key, *rotary)
         if cache is not None:
             key, value = cache.append(layer, key, value)
+        return self.dense(self.attend(query, key, value, mask).transpose(1, 2).reshape(x.shape))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Returns (B, heads, T, head_dim) from query of that shape, key and value (B, kv_heads, total, head_dim)."""
         causal = False
         if mask is None and query.shape[2] > 1:  # a branch: of a compiler's dynamic shapes the comparison itself is no bool
             causal = True
-        attended = nn.functional.scaled_dot_product_attention(
+        return nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
         )
-        return self.dense(attended.transpose(1, 2).reshape(x.shape))
 
 
 class _MLP(nn.Module):

@@ -20,14 +20,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: An import goes to a lower floor, or stays inside kernels/.
 FLOORS = {
     8: ("__init__", "__main__", "cli"),
-    7: ("train", "hub", "merge", "placement"),
+    7: ("train", "hub", "merge", "placement", "memory"),
     6: ("adapters", "checkpoint", "saving", "resume", "quantize", "card"),
     5: ("linear", "optim", "generate"),
     4: ("ops",),
     3: ("kernels", "bnb_layout"),
     2: ("nf4", "adamw_8bit", "data", "lora"),
-    1: ("dynamic8", "int8", "lora_init", "falcon", "paging", "storage", "download", "experts", "operators", "cross_entropy"),
-}
+    1: (
+        "dynamic8", "int8", "lora_init", "falcon", "paging", "storage", "download", "experts", "operators", "cross_entropy",
+        "console",
+    ),
+}  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 #: Imports between two files of one floor; each is stated, and they make no circle (tested below).
 LEVEL_IMPORTS = {("__main__", "cli"), ("cli", "__init__"), ("checkpoint", "quantize")}

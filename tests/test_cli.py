@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import qlite
 from qlite import cli
+from qlite.console import Telling
 from qlite.data import ASSETS, encode_prompt, read_faq
 from tests.adapted import adapt
 
@@ -323,12 +324,27 @@ def test_stats_say_how_many_tokens_came_and_when(capsys):
     assert int(tokens) == len(json.loads(captured.out)) and float(first) <= float(seconds)
 
 
+def test_an_estimate_needs_the_config_alone_and_says_what_fits(tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((BASE / "config.json").read_bytes())
+    arguments = ["estimate", "--base", str(tmp_path), "--max-length", "256"]
+    assert cli.main([*arguments, "--memory", "0.6"]) == 0
+    *parts, peak, last = capsys.readouterr().out.splitlines()
+    sizes = [float(line.split()[1]) for line in (*parts, peak)]
+    assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.004) and peak.startswith("peak")
+    most = int(re.fullmatch(r"fits 0.6 GiB, of which 0.5 GiB are left to CUDA: yes; up to batch (\d+)", last)[1])
+    for rows, fits in ((most, "yes"), (most + 1, "no")):
+        assert cli.main([*arguments, "--memory", "0.6", "--batch-size", str(rows)]) == 0
+        assert f"left to CUDA: {fits}; up to batch {most}" in capsys.readouterr().out
+    assert cli.main([*arguments, "--memory", "0.1"]) == 0
+    assert capsys.readouterr().out.endswith("no; not even batch 1\n")
+
+
 @given(st.lists(st.integers(0, 511), max_size=40))
 def test_what_is_told_bit_by_bit_is_the_whole_answer(tokens):
     tokenizer = qlite.load_tokenizer(BASE)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        telling = cli._Telling(tokenizer)
+        telling = Telling(tokenizer)
         for token in tokens:
             telling(0, token)
         before = printed.getvalue()
@@ -360,6 +376,10 @@ def test_what_is_told_bit_by_bit_is_the_whole_answer(tokens):
         (["generate", "a", "--quantize", "int8", "--block-size", "128"], "--block-size and --double-quant are for nf4"),
         (["quantize", "--output", "new", "--quantize", "none"], "there is nothing to quantize"),
         (["finetune", "--base", "."], "has no config.json"),
+        (["estimate", "--base", "."], "config.json"),
+        (["estimate", "--max-length", "2000"], "wanted 1 row or more, and 1 to 1024 tokens"),
+        (["estimate", "--batch-size", "0"], "0 rows of 512 tokens"),
+        (["estimate", "--targets", "nothing"], "nothing"),
         (["quantize", "--output", "taken"], "taken holds something already"),
         (["finetune", "--output", "taken"], "taken holds something already"),
         (["merge", "--adapter", "taken", "--output", "taken"], "taken holds something already"),
@@ -392,7 +412,7 @@ def flags(verb: str) -> list[argparse.Action]:
     return [action for action in verbs.choices[verb]._actions if not isinstance(action, argparse._HelpAction)]
 
 
-@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize", "merge", "push"])
+@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize", "estimate", "merge", "push"])
 def test_every_flag_is_in_the_help_with_its_default(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([verb, "--help"])
@@ -406,7 +426,7 @@ def test_every_flag_is_in_the_help_with_its_default(verb, capsys):
             assert f"(default: {action.default})" in said, name
 
 
-@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize", "merge", "push"])
+@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize", "estimate", "merge", "push"])
 def test_no_flag_is_parsed_and_then_ignored(verb):
     source = pathlib.Path(cli.__file__).read_text(encoding="utf-8")
     for action in flags(verb):
