@@ -28,6 +28,7 @@ from qlite.console import Telling
 from qlite.data import ASSETS, FAQBatches, encode_prompt, read_faq
 from qlite.download import resolve_folder
 from qlite.falcon import Falcon, FalconConfig
+from qlite.journal import plot_losses
 from qlite.linear import QuantizedLinear
 from qlite.lora_init import STARTS
 from qlite.memory import whether_it_fits
@@ -35,7 +36,7 @@ from qlite.nf4 import BLOCK_SIZES, FP4_LEVELS
 from qlite.resume import checkpoints
 from qlite.saving import LAYOUTS
 from qlite.storage import FLOATS, check_free, read_json, read_tensor, stored_tensors
-from qlite.train import SCHEDULES, check_options, plot_losses
+from qlite.train import SCHEDULES, check_options
 
 #: What `--recipe` sets where a flag is not given. "demo" was tuned for the tiny base on two CPU cores; "tutorial" is the
 #: recipe of the 2023 Falcon tutorials.

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+#: The label of a token that the loss does not count; torch's cross_entropy has the same default.
+IGNORED = -100
 #: Logits of a chunk, at most: 256 rows of Falcon's 65,024. A chunk takes 8 bytes a logit.
 CHUNK = 2**24
 #: A float16 gradient of logits is kept so many times larger: below 6e-8 / 256 instead of 6e-8 it is lost.
@@ -37,15 +39,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
         largest = logits.amax(dim=-1, keepdim=True).to(dtype)
         weights = (logits - largest).exp_()  # float32, for the subtraction of a 16-bit and a float32 tensor is
         totals = weights.sum(dim=-1, keepdim=True)
-        targets = targets[:, None]
-        ctx.weights, ctx.totals, ctx.targets, ctx.dtype = weights, totals, targets, logits.dtype
-        return (totals.log() + (largest - logits.gather(-1, targets))).sum()
+        ignored = (targets == IGNORED)[:, None]
+        targets = targets[:, None].masked_fill(ignored, 0)
+        ctx.kept = weights, totals, targets, ignored, logits.dtype
+        return (totals.log() + (largest - logits.gather(-1, targets))).masked_fill_(ignored, 0.0).sum()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        weights = ctx.weights.mul_(grad / ctx.totals)
-        weights.scatter_add_(-1, ctx.targets, (-grad).expand_as(ctx.totals))
-        return weights.to(ctx.dtype), None
+        weights, totals, targets, ignored, dtype = ctx.kept
+        grad = grad.expand_as(totals).masked_fill(ignored, 0.0)
+        weights.mul_(grad / totals).scatter_add_(-1, targets, -grad)
+        return weights.to(dtype), None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -94,7 +98,7 @@ def linear_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Te
         hidden: (n, in_features), of any floating dtype; n may be 0, for a loss of 0.
         head: a module with out_features, such as nn.Linear, Linear4bit or LoRALinear, called with at most
             CHUNK / out_features rows at a time.
-        targets: int64 (n,), each from 0 to out_features - 1.
+        targets: int64 (n,), each from 0 to out_features - 1, or -100 for a row that does not count.
 
     Raises:
         ValueError: hidden is no matrix, or targets has another length or dtype.

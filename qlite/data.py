@@ -22,12 +22,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from qlite.cross_entropy import IGNORED
 from qlite.download import resolve_folder
 from qlite.storage import no_duplicates
 
 END_OF_TEXT = "<|endoftext|>"
-#: The label of a token that the loss leaves out; torch's cross_entropy has the same default.
-IGNORED = -100
 #: The demo's own files: faq.json, faq_paraphrases.json and the folder tiny-falcon.
 ASSETS = pathlib.Path(__file__).parent / "assets"
 LARGEST_FILE = 256 * 2**20  # bytes; a whole FAQ is read into memory

@@ -317,6 +317,8 @@ class Falcon(nn.Module):
         config: FalconConfig.
         gradient_checkpointing: recompute each block in the backward pass, in training mode, instead of keeping its
             activations; False at first.
+        preserve_rng_state: recompute a block with the random numbers that it had; False where no module of a block draws any
+            from PyTorch's generators. True at first.
 
     Example:
         >>> config = qlite.FalconConfig(vocab_size=50, hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
@@ -328,6 +330,7 @@ class Falcon(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.preserve_rng_state = True
         self.transformer = _Transformer(config, device=device, dtype=dtype)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
         self.tie_weights()
@@ -415,7 +418,7 @@ class Falcon(nn.Module):
         mask = self._mask(length, past, attention_mask, positions, x.dtype)
         for block in self.transformer.h:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rotary, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, rotary, mask, cache, use_reentrant=False, preserve_rng_state=self.preserve_rng_state)
             else:
                 x = block(x, rotary, mask, cache)
         if cache is not None:

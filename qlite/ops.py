@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qlite import int8, nf4
+from qlite import dropout, int8, nf4
 from qlite.int8 import Int8Tensor
 from qlite.nf4 import NF4_LEVELS, NF4Tensor
 from qlite.operators import declare, differentiate, grad_bias, keep, on_cuda
@@ -289,6 +289,30 @@ on_cuda("linear_int8", _linear_int8_cuda)
 _apply_linear_int8 = differentiate("linear_int8", _keep_for_linear_int8, _linear_int8_backward, _linear_int8_jvp)
 _apply_linear_int8_grad = differentiate(
     "linear_int8_grad", _keep_for_linear_int8_grad, _linear_int8_grad_backward, _linear_int8_grad_jvp
+)
+
+
+# Dropout by seed and position: linear in x, and its own gradient.
+
+
+def _dropout_cuda(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    if x.dtype == torch.float64:
+        return dropout.dropout(x, seed, p)
+    return _kernels("dropout", x.device).dropout(x, seed, p, dropout.threshold(p))
+
+
+def _keep_for_dropout(ctx, inputs, output) -> None:
+    _, seed, ctx.p = inputs
+    keep(ctx, seed)
+
+
+declare("dropout(Tensor x, Tensor seed, float p) -> Tensor", dropout.dropout, lambda x, seed, p: torch.empty_like(x))
+on_cuda("dropout", _dropout_cuda)
+seeded_dropout = differentiate(
+    "dropout",
+    _keep_for_dropout,
+    lambda ctx, grad: (seeded_dropout(grad, *ctx.saved_tensors, ctx.p), None, None),
+    lambda ctx, x, seed, p: seeded_dropout(x, *ctx.saved_tensors, ctx.p),
 )
 
 

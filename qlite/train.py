@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from qlite import resume as saved_run
-from qlite.cross_entropy import linear_cross_entropy
-from qlite.data import IGNORED, Batch, FAQBatches, format_prompt
+from qlite.cross_entropy import IGNORED, linear_cross_entropy
+from qlite.data import Batch, FAQBatches, format_prompt
 from qlite.experts import ExpertStack
+from qlite.graphs import StepGraphs, why_not
+from qlite.journal import Journal, draw_losses, figure
 from qlite.linear import QuantizedLinear
 from qlite.storage import replace_file
 
@@ -69,7 +70,7 @@ class TrainResult:
         replace_file(folder / "training.json", json.dumps(self.facts, indent=2, default=str) + "\n")
         if importlib.util.find_spec("matplotlib") is None:
             return [folder / "training.json"]
-        _draw(_figure(), range(1, len(self.losses) + 1), self.losses, folder / "loss.png")
+        draw_losses(figure(), range(1, len(self.losses) + 1), self.losses, folder / "loss.png")
         return [folder / "training.json", folder / "loss.png"]
 
 
@@ -130,15 +131,18 @@ def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
     raise ValueError("finetune: batches is empty")
 
 
-def _accumulate(model: nn.Module, window: Sequence[Batch], scale: float) -> float:
+def _accumulate(model: nn.Module, window: Sequence[Batch], scale: float, graphs: StepGraphs | None) -> float:
     """Adds the gradients of a window, scaled, to the parameters; returns the mean loss per labelled token."""
     labelled = sum(batch.n_tokens for batch in window)
     if not labelled:
         raise ValueError("finetune: a window of batches has no labelled token")
     total = None
     for batch in window:
-        loss = answer_loss(model, batch) / labelled
-        (loss * scale).backward()
+        if graphs is not None:
+            loss = graphs.backward(batch, scale / labelled) / labelled
+        else:
+            loss = answer_loss(model, batch) / labelled
+            (loss * scale).backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
     return total.item()
@@ -248,7 +252,7 @@ def _facts(model: nn.Module, run: saved_run.Run, settings: dict[str, Any], losse
             "lr": settings["lr"][0],
             **{key: group[key] for key in shown if key in group},
         },
-        **{key: settings[key] for key in ("steps", "accumulate", "schedule", "warmup", "max_grad_norm", "seed")},
+        **{key: settings[key] for key in ("steps", "accumulate", "schedule", "warmup", "max_grad_norm", "seed", "cuda_graphs")},
         "gradient_checkpointing": bool(getattr(model, "gradient_checkpointing", False)),
         "loss": {"first": losses[0], "last": losses[-1]},
     }
@@ -257,61 +261,6 @@ def _facts(model: nn.Module, run: saved_run.Run, settings: dict[str, Any], losse
         facts |= {"questions": rows, "left_out": skipped, "batch_size": run.batches.batch_size}
         facts["prompt"] = format_prompt("{question}")
     return facts
-
-
-def _tensorboard(folder: pathlib.Path, first: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("finetune: tensorboard is not installed; pip install 'qlite[train]'") from error
-    return SummaryWriter(str(folder), purge_step=first + 1)  # earlier events of steps about to be done are not shown
-
-
-def _rows_until(path: pathlib.Path, last: int) -> list[dict[str, float]]:
-    """Returns the rows of the steps up to `last`: those after it are about to be done again."""
-    rows: list[dict[str, float]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if last and path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the last line of a killed run may be torn
-            break
-        if row["step"] <= last:
-            rows.append(row)
-    return rows
-
-
-class _Journal:
-    """Where the figures of each step go: metrics.jsonl, TensorBoard, the progress line."""
-
-    def __init__(self, folder: pathlib.Path | None, tensorboard: bool, progress: bool, first: int, steps: int):
-        self.file = self.board = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "metrics.jsonl"
-            self.board = _tensorboard(folder / "tensorboard", first) if tensorboard else None
-            replace_file(path, "".join(json.dumps(row) + "\n" for row in _rows_until(path, first)))
-            self.file = path.open("a", encoding="utf-8")
-        self.bar = tqdm(total=steps, initial=first, disable=not progress, unit="step", dynamic_ncols=True)
-
-    def write(self, row: dict[str, float]) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-        if self.board is not None:
-            for key in ("loss", "lr", "grad_norm", "tokens_per_second"):
-                self.board.add_scalar(key, row[key], int(row["step"]))
-        shown = {"loss": f"{row['loss']:.4f}", "lr": f"{row['lr']:.2e}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
-        if "peak_gib" in row:
-            shown["peak"] = f"{row['peak_gib']:.2f} GiB"
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.file is not None:
-            self.file.close()
-        if self.board is not None:
-            self.board.close()
 
 
 def finetune(
@@ -332,6 +281,7 @@ def finetune(
     tensorboard: bool = False,
     seed: int = 0,
     progress: bool = True,
+    cuda_graphs: bool | None = None,
 ) -> TrainResult:
     """Returns the losses of a run that trained the model's parameters with requires_grad, in place.
 
@@ -351,10 +301,13 @@ def finetune(
         tensorboard: write event files (needs the extra `train`).
         seed: of dropout; PyTorch's global generators are as before after the call.
         progress: show a line with loss, learning rate, tokens per second and peak GPU memory.
+        cuda_graphs: record forward and backward of each shape of batch, so that Python's time is paid once (graphs.py);
+            batches are padded to a multiple of 64 tokens, and dropout draws other masks. None: where it can be.
 
     Raises:
-        ValueError: an option out of its range, no trainable parameter, an encoder-decoder, or a checkpoint of another run
-            (the differences are listed). FloatingPointError: ten steps in a row without a finite loss and gradient.
+        ValueError: an option out of its range, no trainable parameter, an encoder-decoder, a checkpoint of another run
+            (the differences are listed), or cuda_graphs=True for a model whose steps cannot be recorded.
+        FloatingPointError: ten steps in a row without a finite loss and gradient.
 
     Example:
         >>> qlite.finetune(model, batches, optimizer, steps=80, accumulate=4)  # doctest: +SKIP
@@ -367,9 +320,13 @@ def finetune(
         steps = math.ceil(epochs * len(batches) / accumulate)
     steps = 80 if steps is None else steps
     trained = _trained_parameters(model, optimizer)
+    reason = why_not(model)
+    if cuda_graphs and reason:
+        raise ValueError(f"finetune: cuda_graphs is True, but {reason}; leave it out, or None")
     settings = {
         "steps": steps, "accumulate": accumulate, "schedule": schedule, "warmup": warmup,
-        "max_grad_norm": max_grad_norm, "seed": seed, **_describe(model, optimizer),
+        "max_grad_norm": max_grad_norm, "seed": seed, "cuda_graphs": reason is None and cuda_graphs is not False,
+        **_describe(model, optimizer),
     }  # fmt: skip
     run = saved_run.Run(trained, optimizer, batches, settings)
     device, modes = run.device, [(module, module.training) for module in model.modules()]
@@ -386,9 +343,15 @@ def finetune(
         try:
             if resume and folder is not None:
                 saved_run.load_newest(folder, run)
-            with contextlib.closing(_Journal(folder, tensorboard, progress, run.progress["step"], steps)) as journal:
+            with contextlib.ExitStack() as stack:
+                journal = stack.enter_context(
+                    contextlib.closing(Journal(folder, tensorboard, progress, run.progress["step"], steps))
+                )
                 model.train()
-                return _loop(model, run, journal, device, settings, _saver(folder, run, save_every, save_total_limit))
+                graphs = None
+                if settings["cuda_graphs"]:
+                    graphs = stack.enter_context(StepGraphs(model, list(trained.values())))  # type: ignore[arg-type]
+                return _loop(model, run, journal, graphs, settings, _saver(folder, run, save_every, save_total_limit))
         finally:
             for module, training in modes:
                 module.training = training
@@ -411,8 +374,8 @@ def _saver(folder: pathlib.Path | None, run: saved_run.Run, every: int | None, l
 def _loop(
     model: nn.Module,
     run: saved_run.Run,
-    journal: _Journal,
-    device: torch.device,
+    journal: Journal,
+    graphs: StepGraphs | None,
     settings: dict[str, Any],
     save: Callable[[int], None],
 ) -> TrainResult:
@@ -425,12 +388,12 @@ def _loop(
         start = time.perf_counter()
         window = [next(stream) for _ in range(settings["accumulate"])]
         scale = done["loss_scale"]
-        loss = _accumulate(model, window, scale)
+        loss = _accumulate(model, window, scale, graphs)
         gradients = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_mul_(gradients, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=graphs is None)
             done["skipped"] += 1
             done["loss_scale"], done["good_steps"] = max(1.0, scale / 2), 0
             skipped_in_a_row += 1
@@ -448,7 +411,7 @@ def _loop(
         for group, peak in zip(optimizer.param_groups, settings["lr"], strict=True):
             group["lr"] = peak * factor
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=graphs is None)  # a recording adds to the tensors that it found
         done["step"] += 1
         done["losses"].append(loss)
         done["good_steps"] += 1
@@ -460,41 +423,9 @@ def _loop(
             "step": done["step"], "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
             "tokens_per_second": seen / (time.perf_counter() - start),
         }  # fmt: skip
-        if device.type == "cuda":
-            row["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        if run.device.type == "cuda":
+            row["peak_gib"] = torch.cuda.max_memory_allocated(run.device) / 2**30
         journal.write(row)
         save(done["step"])
     losses = list(done["losses"])
     return TrainResult(losses, done["skipped"], time.perf_counter() - begun, tokens, _facts(model, run, settings, losses))
-
-
-def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
-    """Returns the rows of a metrics.jsonl, one a step."""
-    return [json.loads(line) for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-def plot_losses(metrics: str | pathlib.Path, image: str | pathlib.Path) -> None:
-    """Writes the loss curve of a metrics.jsonl as a PNG.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    figure = _figure()
-    rows = read_metrics(metrics)
-    _draw(figure, [row["step"] for row in rows], [row["loss"] for row in rows], image)
-
-
-def _figure() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plot_losses: matplotlib is not installed; pip install 'qlite[plot]'") from error
-    return Figure(figsize=(7, 4), layout="constrained")
-
-
-def _draw(figure: Any, steps: Sequence[float], losses: Sequence[float], image: str | pathlib.Path) -> None:
-    axes = figure.subplots()
-    axes.plot(steps, losses)
-    axes.set(xlabel="step", ylabel="loss per answer token (nats)", title="Training loss", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    figure.savefig(image, dpi=120)

@@ -22,13 +22,13 @@ FLOORS = {
     8: ("__init__", "__main__", "cli"),
     7: ("train", "hub", "merge", "placement", "memory"),
     6: ("adapters", "checkpoint", "saving", "resume", "quantize", "card"),
-    5: ("linear", "optim", "generate"),
+    5: ("linear", "optim", "generate", "graphs"),
     4: ("ops",),
     3: ("kernels", "bnb_layout"),
-    2: ("nf4", "adamw_8bit", "data", "lora"),
+    2: ("nf4", "adamw_8bit", "data", "lora", "journal"),
     1: (
         "dynamic8", "int8", "lora_init", "falcon", "paging", "storage", "download", "experts", "operators", "cross_entropy",
-        "console",
+        "console", "dropout",
     ),
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

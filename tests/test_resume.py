@@ -25,7 +25,7 @@ from torch import nn
 
 import qlite
 from qlite import resume
-from qlite.train import read_metrics
+from qlite.journal import read_metrics
 from tests.toys import (
     BAD_LOSS,
     GOOD,

@@ -18,7 +18,8 @@ from torch import nn
 
 import qlite
 from qlite.data import ASSETS, IGNORED, Batch
-from qlite.train import SCHEDULES, answer_loss, learning_rate_factor, plot_losses, read_metrics
+from qlite.journal import plot_losses, read_metrics
+from qlite.train import SCHEDULES, answer_loss, learning_rate_factor
 from tests.toys import (
     BAD_GRADIENT,
     BAD_LOSS,
