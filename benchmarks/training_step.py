@@ -5,9 +5,9 @@
     python -m benchmarks.training_step --no-cuda-graphs   # every launch from Python
 
 The model has random weights, encoded layer by layer on the GPU. A step is one of `qlite.finetune` with accumulate=1: forward
-and backward of a batch whose tokens are all labelled, the gradient's norm, paged 8-bit AdamW; LoRA r=16, alpha 32, dropout 0.05 on
-query_key_value; NF4 with double quantization, bfloat16. The time of a step is the median from one request for a batch to the
-next, for which the loss has come to the host.
+and backward of a batch whose tokens are all labelled, the gradient's norm, paged 8-bit AdamW; LoRA r=16, alpha 32, dropout
+0.05 on query_key_value; NF4 with double quantization, bfloat16. The time of a step is the median from one request for a batch
+to the next, for which the loss has come to the host.
 
 Shares of the bf16 peak, measured in the same run (cuBLAS, 8192 x 8192): "model" counts the two products that forward and the
 input's gradient need a weight, "hardware" the third of gradient checkpointing too; both without attention and adapters.

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qlite.operators import decoded_weights_kept
+from qlite.training_ops import rotate
+
 MODEL_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
 #: Keys of the configs of 2023 and what they are called since.
 OLD_KEYS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
@@ -197,12 +200,6 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Returns x (B, heads, T, D) with each pair (i, i + D/2) turned by its position's angle (arXiv 2104.09864, eq. 34)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def _alibi_slopes(heads: int, device: torch.device) -> Tensor:
     """Returns the slope of each head, float32 (heads,): powers of 2^(-8/n), n the nearest power of two below or at
     `heads`, then every other power of 2^(-4/n) for the heads beyond (arXiv 2108.12409, section 3)."""
@@ -221,24 +218,19 @@ class _Attention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, fused, bias=config.bias, **kwargs)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias, **kwargs)
 
-    def _split(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns query (B, H, T, D) and key and value (B, K, T, D) from the fused projection (B, T, (H + 2K) D).
-
-        One layout covers all flavours: K groups, each of H / K queries, then its key, then its value.
-        """
-        batch, length, _ = fused.shape
-        heads, groups, size = self.config.num_attention_heads, self.config.kv_heads, self.config.head_dim
-        grouped = fused.view(batch, length, groups, heads // groups + 2, size)
-        query = grouped[:, :, :, :-2].reshape(batch, length, heads, size)
-        return query.transpose(1, 2), grouped[:, :, :, -2].transpose(1, 2), grouped[:, :, :, -1].transpose(1, 2)
-
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, layer: int, cache: KVCache | None
     ) -> Tensor:
         """Returns (B, T, hidden). rotary: (cos, sin); mask: additive or bool (B, 1 or H, T, total), None = causal."""
-        query, key, value = self._split(self.query_key_value(x))
+        batch, length, _ = x.shape
+        heads, groups, size = self.config.num_attention_heads, self.config.kv_heads, self.config.head_dim
+        # One layout covers all flavours: groups, each of some queries, then its key, then its value.
+        fused = self.query_key_value(x).view(batch, length, groups, heads // groups + 2, size)
         if rotary is not None:
-            query, key = _rotate(query, *rotary), _rotate(key, *rotary)
+            fused = rotate(fused, *rotary)
+        query, key, value = fused.split((heads // groups, 1, 1), dim=3)
+        query = query.reshape(batch, length, heads, size).transpose(1, 2)
+        key, value = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)
         if cache is not None:
             key, value = cache.append(layer, key, value)
         return self.dense(self.attend(query, key, value, mask).transpose(1, 2).reshape(x.shape))
@@ -295,6 +287,12 @@ class _Block(nn.Module):
             return x + self.mlp(self.post_attention_layernorm(x))
         # The two branches are added first, as in the published model: in bfloat16 the order shows.
         return x + (self.mlp(self.ln_mlp(x) if self.two_norms else normed) + attended)
+
+
+def _with_decoded_weights(block: nn.Module, *arguments: Any) -> Tensor:
+    """Returns what a block does whose backward pass comes at once: a weight decoded for it is good for both."""
+    with decoded_weights_kept():
+        return block(*arguments)
 
 
 class _Transformer(nn.Module):
@@ -358,11 +356,10 @@ class Falcon(nn.Module):
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns cos and sin, (B or 1, 1, T, D), computed in float32 and cast to the activations' dtype."""
+        """Returns cos and sin, (B or 1, T, D/2), computed in float32 and cast to the activations' dtype."""
         size = self.config.head_dim
         exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
-        angles = positions[:, None, :, None].float() * (1.0 / self.config.rope_theta**exponents)
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = positions[:, :, None].float() * (1.0 / self.config.rope_theta**exponents)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _mask(

@@ -19,10 +19,10 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from qlite import ops
 from qlite.cross_entropy import IGNORED, linear_cross_entropy
 from qlite.data import Batch
 from qlite.falcon import Falcon
+from qlite.training_ops import seeded_dropout
 
 #: Tokens of a row are padded to a multiple.
 BUCKET = 64
@@ -43,7 +43,7 @@ class SeededDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x, of any shape, with a share p of its elements at zero, in training mode."""
-        return ops.seeded_dropout(x, self.seed, self.p) if self.training else x
+        return seeded_dropout(x, self.seed, self.p) if self.training else x
 
 
 @dataclasses.dataclass

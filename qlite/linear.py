@@ -19,6 +19,10 @@ from torch import Tensor, nn
 
 from qlite import nf4, ops
 from qlite.nf4 import FP4_LEVELS, NF4_LEVELS, NF4Tensor
+from qlite.operators import keeps_decoded_weights
+
+#: Up to so many rows two products by the codes and one by a decoded weight are faster than decoding for all three.
+FEW_ROWS = 128
 
 
 class QuantizedLinear(nn.Module, abc.ABC):
@@ -193,6 +197,9 @@ class Linear4bit(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (..., out_features) in the dtype of x (..., in_features)."""
+        if keeps_decoded_weights() and x.shape[:-1].numel() > FEW_ROWS:
+            x = ops.activation(x, self.in_features, "Linear4bit")
+            return nf4.linear(x, self.encoded().dequantize(x.dtype), self.bias)
         return ops.linear_nf4(x, self.encoded(), self.bias)
 
 

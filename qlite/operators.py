@@ -8,14 +8,46 @@ Not done here: any op.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import importlib
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 library = torch.library.Library("qlite", "DEF")
+# find_spec, not try/except ImportError: a Triton that is installed but broken must be heard.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_keeping = threading.local()
+
+
+def kernels(name: str, device: torch.device):
+    """Returns a module of Triton kernels, imported at the first CUDA call; RuntimeError where Triton is missing."""
+    if not _HAS_TRITON:
+        raise RuntimeError(f"qlite's kernels need the package triton for tensors on {device}; pip install triton")
+    return importlib.import_module(f"qlite.kernels.{name}")
+
+
+@contextlib.contextmanager
+def decoded_weights_kept() -> Iterator[None]:
+    """Inside, a 4-bit layer of many rows leaves its decoded weight to autograd instead of decoding it again for the gradient.
+
+    For a block that gradient checkpointing computes again: its backward pass comes at once.
+    """
+    before, _keeping.on = keeps_decoded_weights(), True
+    try:
+        yield
+    finally:
+        _keeping.on = before
+
+
+def keeps_decoded_weights() -> bool:
+    """Whether this thread is inside `decoded_weights_kept`."""
+    return not torch.compiler.is_compiling() and getattr(_keeping, "on", False)
 
 
 def declare(schema: str, reference: Callable, fake: Callable) -> str:

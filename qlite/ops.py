@@ -1,6 +1,6 @@
-"""The seam: every operator of qlite, declared once, with its reference for any device and its Triton kernel for CUDA.
+"""The seam: every operator over encoded weights, declared once, with its reference for any device and its kernel for CUDA.
 
-This is the only file that imports both a number format and a kernel. Each op is a `torch.library` op (`torch.ops.qlite.*`)
+This file and training_ops.py alone know both a reference and a kernel. Each op is a `torch.library` op (`torch.ops.qlite.*`)
 with a schema, a fake implementation (shapes only, for torch.compile and meta tensors), a gradient where it has one, the
 reference under CompositeExplicitAutograd and the kernel under CUDA. PyTorch's dispatcher chooses by the device of the
 tensors; there is no switch of ours. To run the reference on purpose, call nf4.py and int8.py by name.
@@ -10,28 +10,15 @@ The functions of this file (`quantize_nf4`, `linear_nf4`, ...) check their argum
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from qlite import dropout, int8, nf4
+from qlite import int8, nf4
 from qlite.int8 import Int8Tensor
 from qlite.nf4 import NF4_LEVELS, NF4Tensor
-from qlite.operators import declare, differentiate, grad_bias, keep, on_cuda
-
-# find_spec, not try/except ImportError: a Triton that is installed but broken must be heard.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def _kernels(name: str, device: torch.device):
-    """Returns a module of Triton kernels, imported at the first CUDA call; RuntimeError where Triton is missing."""
-    if not _HAS_TRITON:
-        raise RuntimeError(f"qlite's kernels need the package triton for tensors on {device}; pip install triton")
-    return importlib.import_module(f"qlite.kernels.{name}")
-
+from qlite.operators import declare, differentiate, grad_bias, keep, kernels, on_cuda
 
 # NF4: encode and decode.
 
@@ -57,7 +44,7 @@ _CODED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offs
 
 
 def _quantize_nf4_cuda(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return _kernels("nf4_codec", weight.device).quantize(weight, levels, block_size)
+    return kernels("nf4_codec", weight.device).quantize(weight, levels, block_size)
 
 
 def _quantize_nf4_fake(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +58,7 @@ on_cuda("quantize_nf4", _quantize_nf4_cuda)
 
 
 def _quantize_nf4_absmax_cuda(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels("nf4_codec", absmax.device).quantize_absmax(absmax)
+    return kernels("nf4_codec", absmax.device).quantize_absmax(absmax)
 
 
 def _quantize_nf4_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +77,7 @@ def _dequantize_nf4(codes, absmax, absmax_scale, absmax_offset, levels, in_featu
 
 def _dequantize_nf4_cuda(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
     _check_coded(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size)
-    return _kernels("nf4_codec", codes.device).dequantize(
+    return kernels("nf4_codec", codes.device).dequantize(
         codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype
     )
 
@@ -137,7 +124,7 @@ def _linear_nf4_cuda(x, codes, absmax, absmax_scale, absmax_offset, levels, bias
     coded = (codes, absmax, absmax_scale, absmax_offset, levels)
     _check_rows_or_flat(coded, out_features, x.shape[-1], block_size)
     _check_bias(bias, out_features, "linear_nf4")
-    return _kernels("linear_nf4", x.device).linear(x, *coded, bias, out_features, block_size)
+    return kernels("linear_nf4", x.device).linear(x, *coded, bias, out_features, block_size)
 
 
 def _linear_nf4_fake(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out_features, block_size) -> Tensor:
@@ -152,7 +139,7 @@ def _linear_nf4_grad(grad, codes, absmax, absmax_scale, absmax_offset, levels, i
 def _linear_nf4_grad_cuda(grad, codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size) -> Tensor:
     coded = (codes, absmax, absmax_scale, absmax_offset, levels)
     _check_rows_or_flat(coded, grad.shape[-1], in_features, block_size)
-    return _kernels("linear_nf4", grad.device).gradient(grad, coded, in_features, block_size)
+    return kernels("linear_nf4", grad.device).gradient(grad, coded, in_features, block_size)
 
 
 def _linear_nf4_grad_fake(grad, codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size) -> Tensor:
@@ -219,7 +206,7 @@ def _dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tenso
 def _dequantize_int8_cuda(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float64:
         return _dequantize_int8(codes, absmax, dtype)
-    return _kernels("linear_int8", codes.device).dequantize(codes.contiguous(), absmax.contiguous(), dtype)
+    return kernels("linear_int8", codes.device).dequantize(codes.contiguous(), absmax.contiguous(), dtype)
 
 
 def _dequantize_int8_fake(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -234,8 +221,8 @@ def _linear_int8_cuda(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | N
     if x.dtype == torch.float64:
         return _linear_int8(x, codes, absmax, bias, dynamic)
     _check_bias(bias, codes.shape[0], "linear_int8")
-    kernels, rows = _kernels("linear_int8", x.device), x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    multiply = kernels.linear_dynamic if dynamic else kernels.linear_weight_only
+    module, rows = kernels("linear_int8", x.device), x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    multiply = module.linear_dynamic if dynamic else module.linear_weight_only
     y = multiply(rows, codes.contiguous(), absmax.contiguous(), None if bias is None else bias.to(x.dtype).contiguous())
     return y.view(*x.shape[:-1], codes.shape[0])
 
@@ -289,30 +276,6 @@ on_cuda("linear_int8", _linear_int8_cuda)
 _apply_linear_int8 = differentiate("linear_int8", _keep_for_linear_int8, _linear_int8_backward, _linear_int8_jvp)
 _apply_linear_int8_grad = differentiate(
     "linear_int8_grad", _keep_for_linear_int8_grad, _linear_int8_grad_backward, _linear_int8_grad_jvp
-)
-
-
-# Dropout by seed and position: linear in x, and its own gradient.
-
-
-def _dropout_cuda(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    if x.dtype == torch.float64:
-        return dropout.dropout(x, seed, p)
-    return _kernels("dropout", x.device).dropout(x, seed, p, dropout.threshold(p))
-
-
-def _keep_for_dropout(ctx, inputs, output) -> None:
-    _, seed, ctx.p = inputs
-    keep(ctx, seed)
-
-
-declare("dropout(Tensor x, Tensor seed, float p) -> Tensor", dropout.dropout, lambda x, seed, p: torch.empty_like(x))
-on_cuda("dropout", _dropout_cuda)
-seeded_dropout = differentiate(
-    "dropout",
-    _keep_for_dropout,
-    lambda ctx, grad: (seeded_dropout(grad, *ctx.saved_tensors, ctx.p), None, None),
-    lambda ctx, x, seed, p: seeded_dropout(x, *ctx.saved_tensors, ctx.p),
 )
 
 
@@ -426,7 +389,8 @@ def quantize_int8(x: Tensor, *, zero_point: bool = False, per: str = "row", bloc
     return Int8Tensor(encoded[0], absmax, scale, zero, x.shape, x.dtype, columns)
 
 
-def _activation(x: Tensor, in_features: int, caller: str) -> Tensor:
+def activation(x: Tensor, in_features: int, caller: str) -> Tensor:
+    """Returns x, or under autocast x in its dtype; TypeError or ValueError where it is not (..., in_features) of numbers."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         found = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{caller}: x is {found}; wanted a floating-point tensor")
@@ -457,7 +421,7 @@ def linear_nf4(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tens
             f"linear_nf4: {weight.codes.shape[0]} rows of codes for a weight of {weight.shape[0]}; wanted as many, or 1"
         )
     _check_bias(bias, weight.shape[0], "linear_nf4")
-    x = _activation(x, weight.shape[1], "linear_nf4")
+    x = activation(x, weight.shape[1], "linear_nf4")
     coded = (weight.codes, weight.absmax, weight.absmax_scale, weight.absmax_offset, weight.levels)
     return _apply_linear_nf4(x, *coded, bias, weight.shape[0], weight.block_size)
 
@@ -485,5 +449,5 @@ def linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = 
     if absmax.shape != (codes.shape[0], 1):
         raise ValueError(f"linear_int8: absmax has shape {tuple(absmax.shape)}; wanted ({codes.shape[0]}, 1)")
     _check_bias(bias, codes.shape[0], "linear_int8")
-    x = _activation(x, codes.shape[1], "linear_int8")
+    x = activation(x, codes.shape[1], "linear_int8")
     return _apply_linear_int8(x, codes, absmax, bias, int8.is_dynamic(x))

@@ -1,0 +1,61 @@
+"""The seam of what is no encoded weight: operators with their reference and their kernel, as in ops.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlite import dropout, rotary
+from qlite.operators import declare, differentiate, keep, kernels, on_cuda
+
+# Dropout by seed and position: linear in x, and its own gradient.
+
+
+def _dropout_cuda(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    if x.dtype == torch.float64:
+        return dropout.dropout(x, seed, p)
+    return kernels("dropout", x.device).dropout(x, seed, p, dropout.threshold(p))
+
+
+def _keep_for_dropout(ctx, inputs, output) -> None:
+    _, seed, ctx.p = inputs
+    keep(ctx, seed)
+
+
+declare("dropout(Tensor x, Tensor seed, float p) -> Tensor", dropout.dropout, lambda x, seed, p: torch.empty_like(x))
+on_cuda("dropout", _dropout_cuda)
+seeded_dropout = differentiate(
+    "dropout",
+    _keep_for_dropout,
+    lambda ctx, grad: (seeded_dropout(grad, *ctx.saved_tensors, ctx.p), None, None),
+    lambda ctx, x, seed, p: seeded_dropout(x, *ctx.saved_tensors, ctx.p),
+)
+
+
+# Rotary positions: linear in x; the gradient turns back.
+
+
+def _rotary_cuda(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if x.dtype == torch.float64:
+        return rotary.rotate(x, cos, sin)
+    return kernels("rotary", x.device).rotate(x, cos, sin)
+
+
+declare(
+    "rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+    rotary.rotate,
+    lambda x, cos, sin: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+on_cuda("rotary", _rotary_cuda)
+
+
+def _rotary_backward(ctx, grad: Tensor):
+    cos, sin = ctx.saved_tensors
+    return rotate(grad, cos, -sin), None, None
+
+
+def _rotary_jvp(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotate(x, *ctx.saved_tensors)
+
+
+rotate = differentiate("rotary", lambda ctx, inputs, output: keep(ctx, *inputs[1:]), _rotary_backward, _rotary_jvp)
