@@ -28,152 +28,20 @@ from qlite.console import Telling
 from qlite.data import ASSETS, FAQBatches, encode_prompt, read_faq
 from qlite.download import resolve_folder
 from qlite.falcon import Falcon, FalconConfig
+from qlite.flags import DTYPES, OPTIMIZERS, RECIPES, parser
+from qlite.graphs import BUCKET
 from qlite.journal import plot_losses
 from qlite.linear import QuantizedLinear
-from qlite.lora_init import STARTS
 from qlite.memory import whether_it_fits
-from qlite.nf4 import BLOCK_SIZES, FP4_LEVELS
+from qlite.nf4 import FP4_LEVELS
 from qlite.resume import checkpoints
-from qlite.saving import LAYOUTS
 from qlite.storage import FLOATS, check_free, read_json, read_tensor, stored_tensors
-from qlite.train import SCHEDULES, check_options
+from qlite.train import check_options
 
-#: What `--recipe` sets where a flag is not given. "demo" was tuned for the tiny base on two CPU cores; "tutorial" is the
-#: recipe of the 2023 Falcon tutorials.
-RECIPES: dict[str, dict[str, Any]] = {
-    "demo": {
-        "targets": "all-linear", "r": 16, "alpha": 32.0, "dropout": 0.3, "lr": 5e-3, "epochs": 16.0, "steps": None,
-        "batch_size": 8, "accumulate": 1, "gradient_checkpointing": False,
-    },
-    "tutorial": {
-        "targets": "query_key_value", "r": 16, "alpha": 32.0, "dropout": 0.05, "lr": 2e-4, "epochs": None, "steps": 80,
-        "batch_size": 1, "accumulate": 4, "gradient_checkpointing": True,
-    },
-}  # fmt: skip
 #: Questions that are answered together. Fixed: rows that are padded together may differ in the last bits of their logits
 #: from rows alone, and the answers are compared token for token.
 ROWS = 16
 TRAINED = "trained questions"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-OPTIMIZERS = {
-    "paged_adamw_8bit": qlite.PagedAdamW8bit,
-    "adamw_8bit": qlite.AdamW8bit,
-    "adamw": torch.optim.AdamW,
-}
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Every flag with its default."""
-
-
-def _add_base_flags(parser: argparse.ArgumentParser, device: bool = True) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--base", default=str(ASSETS / "tiny-falcon"), help="folder or hub id of the base")
-    group.add_argument("--revision", help="branch, tag or commit of the base on the hub")
-    formats = ("nf4", "fp4", "int8", "none")
-    group.add_argument("--quantize", choices=formats, help="format of the linears; nf4 unless the base is quantized already")
-    group.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights per absmax (nf4, fp4); None: 64")
-    group.add_argument("--double-quant", action=argparse.BooleanOptionalAction, help="encode absmax too (nf4, fp4); None: yes")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="auto: float32 on the CPU, else 16 bits; to quantize or merge, as stored",
-    )
-    if device:
-        group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
-
-
-def _add_estimate(verbs: Any) -> None:
-    size = verbs.add_parser("estimate", formatter_class=_Help, help="GPU memory, beforehand", description=estimate.__doc__)
-    _add_base_flags(size, device=False)
-    size.add_argument("--r", type=int, default=16, help="rank of the adapters")
-    size.add_argument("--dropout", type=float, default=0.05, help="on the adapters' input")
-    size.add_argument("--targets", default="query_key_value", help="as for finetune")
-    size.add_argument("--dora", action="store_true", help="train the norm of each row of the weights too")
-    size.add_argument("--batch-size", type=int, default=1, help="questions a batch")
-    size.add_argument("--max-length", type=int, default=512, help="tokens of a question and its answer")
-    size.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="as for finetune")
-    size.add_argument("--memory", type=float, help="GiB of a card: does it fit, and up to which batch")
-    size.set_defaults(alpha=32.0, init="kaiming", rslora=False)  # which cost nothing
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qlite", description="Fine-tune a Falcon in 4 bits on one small GPU.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    tune = verbs.add_parser("finetune", formatter_class=_Help, help="train an adapter on a FAQ", description=finetune.__doc__)
-    _add_base_flags(tune)
-    data = tune.add_argument_group("data")
-    data.add_argument("--data", default=str(ASSETS / "faq.json"), help="JSON or JSONL of questions and answers")
-    data.add_argument("--eval-data", help="questions in other words, with answers; the demo's data has its own, else none")
-    data.add_argument("--max-length", type=int, default=512, help="tokens of a question and its answer")
-    data.add_argument("--ask", default="How can I create an account?", help="asked before and after")
-    train = tune.add_argument_group("training (a default of None comes from --recipe)")
-    train.add_argument("--recipe", choices=RECIPES, default="demo", help=json.dumps(RECIPES).replace("%", "%%"))
-    train.add_argument("--r", type=int, help="rank of the adapters")
-    train.add_argument("--alpha", type=float, help="the adapters' output is scaled by alpha / r")
-    train.add_argument("--dropout", type=float, help="on the adapters' input")
-    train.add_argument("--targets", help="all-linear, names joined by commas, or a regular expression in /slashes/")
-    train.add_argument("--init", choices=STARTS, default="kaiming", help="how the adapters begin")
-    train.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
-    train.add_argument("--dora", action="store_true", help="train the norm of each row of the weights too")
-    train.add_argument("--optimizer", choices=OPTIMIZERS, default="paged_adamw_8bit", help="of the adapters")
-    train.add_argument("--lr", type=float, help="peak learning rate")
-    train.add_argument("--weight-decay", type=float, default=0.0, help="of the adapters")
-    length = train.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="optimizer steps")
-    length.add_argument("--epochs", type=float, help="passes over the data")
-    train.add_argument("--batch-size", type=int, help="questions a batch")
-    train.add_argument("--accumulate", type=int, help="batches a step")
-    train.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate")
-    train.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
-    train.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    train.add_argument(
-        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks in the backward pass"
-    )
-    train.add_argument("--seed", type=int, default=0, help="of adapters, order and dropout")
-    out = tune.add_argument_group("output")
-    out.add_argument("--output", help="folder for adapter, metrics, loss curve and checkpoints; None: a new one under runs/")
-    out.add_argument("--save-every", type=int, help="steps between checkpoints; none without")
-    out.add_argument("--save-total-limit", type=int, default=2, help="checkpoints that stay")
-    out.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
-    out.add_argument("--tensorboard", action="store_true", help="write event files too")
-    out.add_argument("--no-progress", dest="progress", action="store_false", default=True, help="no progress line")
-
-    ask = verbs.add_parser("generate", formatter_class=_Help, help="answer questions", description=generate.__doc__)
-    _add_base_flags(ask)
-    ask.add_argument("--adapter", help="folder or hub id of a LoRA adapter")
-    ask.add_argument("--questions", help="a FAQ file whose questions are all answered, instead of one from the line")
-    ask.add_argument("--interactive", action="store_true", help="answer the lines of standard input, one after the other")
-    ask.add_argument("--tokens", action="store_true", help="print token ids as JSON, one list a question")
-    ask.add_argument("--stats", action="store_true", help="say on stderr how long it took: to the first token, a token")
-    ask.add_argument("--max-new-tokens", type=int, default=64, help="at most so many tokens an answer")
-    ask.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
-    ask.add_argument("--top-k", type=int, help="draw among the k likeliest")
-    ask.add_argument("--top-p", type=float, help="draw among the likeliest of this total probability")
-    ask.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repetitions")
-    ask.add_argument("--seed", type=int, default=0, help="of the draws")
-    ask.add_argument("question", nargs="?", help="the question")
-
-    quant = verbs.add_parser("quantize", formatter_class=_Help, help="write it encoded", description=quantize.__doc__)
-    _add_base_flags(quant)
-    quant.add_argument("--output", required=True, help="folder to write; must not hold anything")
-    quant.add_argument("--layout", choices=LAYOUTS, default="qlite", help="of the tensors; bitsandbytes: transformers'")
-
-    _add_estimate(verbs)
-    share = verbs.add_parser("push", formatter_class=_Help, help="put an adapter on the hub", description=push.__doc__)
-    share.add_argument("folder", help="the adapter's folder, such as runs/faq/adapter")
-    share.add_argument("repo_id", help="owner/name on the hub; created where it is not there")
-    share.add_argument("--base", help="hub id of the base, where the adapter names it by a folder of this machine")
-    share.add_argument("--public", action="store_true", help="for everyone to see; private without")
-    share.add_argument("--dry-run", action="store_true", help="list what would go, contact nothing")
-
-    join = verbs.add_parser("merge", formatter_class=_Help, help="write base and adapter as one", description=merge.__doc__)
-    _add_base_flags(join)
-    join.add_argument("--adapter", required=True, help="folder or hub id of a LoRA adapter")
-    join.add_argument("--original", help="folder or hub id of the base's dense weights, to take the place of decoded ones")
-    join.add_argument("--output", required=True, help="folder to write; must not hold anything")
-    return parser
 
 
 def _device(name: str) -> torch.device:
@@ -324,6 +192,19 @@ def _ask(
     return tokens[TRAINED]
 
 
+def _predicted(options: argparse.Namespace, model: Falcon, config: qlite.LoRAConfig, rows: list) -> str:
+    """Returns what `qlite.estimate` says of a run, in a few words; nothing where it does not know base or optimizer."""
+    if options.optimizer == "adamw" or options.quantize == "none" or is_encoded(resolve_folder(options.base)):
+        return ""
+    tokens = BUCKET * -(-max(len(prompt) + len(answer) for prompt, answer in rows) // BUCKET)
+    found = qlite.estimate(
+        model.config, quantize=_kind(options, encoded=False), lora=config, dtype=model.transformer.word_embeddings.weight.dtype,
+        batch_size=options.batch_size, tokens=min(tokens, model.config.max_position_embeddings),
+        gradient_checkpointing=options.gradient_checkpointing, paged=options.optimizer == "paged_adamw_8bit",
+    )  # fmt: skip
+    return f"; estimated {found.peak / 2**30:.2f}"
+
+
 def finetune(options: argparse.Namespace) -> int:
     """Train LoRA adapters on a file of questions and answers, over a quantized base. Asks before and after, measures exact
     matches (greedy answers equal to the file's, character for character), saves the adapter in PEFT's layout, and checks
@@ -357,18 +238,22 @@ def finetune(options: argparse.Namespace) -> int:
     _ask("before", model, tokenizer, options.ask, data, most)
     model.gradient_checkpointing = options.gradient_checkpointing
     optimizer = OPTIMIZERS[options.optimizer](qlite.lora_parameters(model), lr=options.lr, weight_decay=options.weight_decay)
+    on_gpu = model.transformer.word_embeddings.weight.is_cuda
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()  # the load's
     result = qlite.finetune(
         model, batches, optimizer,
         steps=options.steps, epochs=options.epochs, accumulate=options.accumulate, schedule=options.schedule,
         warmup=options.warmup, max_grad_norm=options.max_grad_norm, output_dir=output, save_every=options.save_every,
         save_total_limit=options.save_total_limit, resume=options.resume, tensorboard=options.tensorboard,
-        seed=options.seed, progress=options.progress,
+        seed=options.seed, progress=options.progress, cuda_graphs=options.cuda_graphs,
     )  # fmt: skip
     print(f"{len(result.losses)} steps in {result.seconds:.0f} s: loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}")
     if isinstance(optimizer, qlite.PagedAdamW8bit):
         print(f"optimizer state paged to host memory: {optimizer.paged_bytes / 1e6:.2f} MB")
-    if model.transformer.word_embeddings.weight.is_cuda:
-        print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    if on_gpu:
+        peak, predicted = torch.cuda.max_memory_allocated() / 2**30, _predicted(options, model, config, batches.rows)
+        print(f"peak GPU memory: {peak:.2f} GiB{predicted}")
     adapter = qlite.save_adapter(model, output / "adapter")
     result.save(adapter)  # for the card, where it is pushed
     size = (adapter / "adapter_model.safetensors").stat().st_size
@@ -485,10 +370,11 @@ def merge(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status of a command line: 0, 1 where the work failed, 2 for bad input, 130 interrupted."""
-    options = _parser().parse_args(arguments)
-    verbs = [finetune, generate, quantize, estimate, merge, push]
+    verbs = {"finetune": finetune, "generate": generate, "quantize": quantize}
+    verbs |= {"estimate": estimate, "merge": merge, "push": push}
+    options = parser({name: verb.__doc__ for name, verb in verbs.items()}).parse_args(arguments)
     try:
-        return {verb.__name__: verb for verb in verbs}[options.verb](options)
+        return verbs[options.verb](options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"qlite {options.verb}: {str(error).removeprefix(f'{options.verb}: ')}", file=sys.stderr)
         return 2

@@ -192,8 +192,15 @@ class KVCache:
         """Tokens a row can hold."""
         return self.keys.shape[3]
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the new (B, kv_heads, T, head_dim) of a layer and returns all so far, (B, kv_heads, total, head_dim)."""
+    def append(self, layer: int, keys: Tensor, values: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Stores the new (B, kv_heads, T, head_dim) of a layer and returns all so far, (B, kv_heads, total, head_dim).
+
+        With `at`, int64 (1,), one token is stored there, and what is returned is as long as the cache.
+        """
+        if at is not None:
+            self.keys[layer].index_copy_(2, at, keys)
+            self.values[layer].index_copy_(2, at, values)
+            return self.keys[layer], self.values[layer]
         end = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
@@ -219,7 +226,13 @@ class _Attention(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias, **kwargs)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, layer: int, cache: KVCache | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        layer: int,
+        cache: KVCache | None,
+        at: Tensor | None,
     ) -> Tensor:
         """Returns (B, T, hidden). rotary: (cos, sin); mask: additive or bool (B, 1 or H, T, total), None = causal."""
         batch, length, _ = x.shape
@@ -232,11 +245,19 @@ class _Attention(nn.Module):
         query = query.reshape(batch, length, heads, size).transpose(1, 2)
         key, value = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)
         if cache is not None:
-            key, value = cache.append(layer, key, value)
+            key, value = cache.append(layer, key, value, at)
         return self.dense(self.attend(query, key, value, mask).transpose(1, 2).reshape(x.shape))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Returns (B, heads, T, head_dim) from query of that shape, key and value (B, kv_heads, total, head_dim)."""
+        batch, heads, length, size = query.shape
+        if length == 1 and heads != key.shape[1]:
+            # One query each of the heads that share a key is as good as so many queries of one head.
+            query = query.reshape(batch, key.shape[1], -1, size)
+            if mask is not None and mask.shape[1] > 1:
+                mask = mask.reshape(mask.shape[0], key.shape[1], -1, mask.shape[3])
+            attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            return attended.reshape(batch, heads, 1, size)
         causal = False
         if mask is None and query.shape[2] > 1:  # a branch: of a compiler's dynamic shapes the comparison itself is no bool
             causal = True
@@ -278,10 +299,17 @@ class _Block(nn.Module):
         self.self_attention = _Attention(config, **kwargs)
         self.mlp = _MLP(config, **kwargs)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        at: Tensor | None = None,
+    ) -> Tensor:
         """Returns (B, T, hidden)."""
         normed = self.ln_attn(x) if self.two_norms else self.input_layernorm(x)
-        attended = self.self_attention(normed, rotary, mask, self.layer, cache)
+        attended = self.self_attention(normed, rotary, mask, self.layer, cache, at)
         if not self.parallel:
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -380,10 +408,13 @@ class Falcon(nn.Module):
         visible = visible[:, None]
         if not self.config.alibi:
             return visible
+        return self._alibi(positions, dtype).masked_fill(~visible, -math.inf)
+
+    def _alibi(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns what ALiBi adds to the scores of a key at each position (B or 1, total): (B or 1, heads, 1, total)."""
         # bfloat16 slopes and products, whatever the model computes in: the published models were trained with them.
-        slopes = _alibi_slopes(self.config.num_attention_heads, device).bfloat16()
-        bias = (slopes[None, :, None] * positions[:, None]).to(dtype) / math.sqrt(self.config.head_dim)
-        return bias[:, :, None].masked_fill(~visible, -math.inf)
+        slopes = _alibi_slopes(self.config.num_attention_heads, positions.device).bfloat16()
+        return ((slopes[None, :, None] * positions[:, None]).to(dtype) / math.sqrt(self.config.head_dim))[:, :, None]
 
     def hidden_states(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Returns the final normed hidden states (B, T, hidden), in the parameters' dtype.
@@ -421,6 +452,23 @@ class Falcon(nn.Module):
         if cache is not None:
             cache.length += length
         return self.transformer.ln_f(x)
+
+    def next_hidden(self, ids: Tensor, positions: Tensor, visible: Tensor, cache: KVCache, at: Tensor) -> Tensor:
+        """Returns the final normed hidden states (B, hidden) of one more token a row, whose shapes are the same each time.
+
+        Args:
+            ids, positions: int64 (B, 1), the tokens and how many come before each. visible: bool (B, max_length), which places
+                of the cache hold tokens, the new one included. at: int64 (1,), its place. `cache.length` is not looked at.
+        """
+        x = self.transformer.word_embeddings(ids)
+        rotary, mask = None, visible[:, None, None]
+        if self.config.alibi:
+            mask = self._alibi((visible.long().cumsum(dim=1) - 1).clamp(min=0), x.dtype).masked_fill(~mask, -math.inf)
+        else:
+            rotary = self._rotary(positions, x.dtype)
+        for block in self.transformer.h:
+            x = block(x, rotary, mask, cache, at)
+        return self.transformer.ln_f(x)[:, -1]
 
     def forward(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Returns logits (B, T, vocab_size); arguments and errors as in `hidden_states`."""

@@ -4,7 +4,7 @@ Prompts of different lengths are padded on the left and masked, so that each row
 the next token follows Holtzman et al. (arXiv 1904.09751) for top-p and Keskar et al. (arXiv 1909.05858, section 4.1) for
 the repetition penalty.
 
-Not done here: beam search, speculative decoding, captured graphs.
+Not done here: the steps themselves (decoding.py), beam search, speculative decoding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from qlite.falcon import Falcon, FalconConfig, KVCache
+from qlite.decoding import decoder
+from qlite.falcon import Falcon, FalconConfig
 
 _FROM_CONFIG: Any = object()
 
@@ -73,7 +74,9 @@ class _Choice:
         # Relative to the likeliest, whose quotient is 0 and never infinite; 1e-38 is about float32's smallest.
         scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(self.temperature, 1e-38)
         shares = _restricted(scaled, self.top_k, self.top_p).softmax(dim=-1)
-        return torch.multinomial(shares, 1, generator=generator)[:, 0]
+        # The largest share over an exponential variate is a draw by shares; torch.multinomial does so too, but may look at its
+        # argument from the host, which a recorded step cannot.
+        return (shares / torch.empty_like(shares).exponential_(generator=generator)).argmax(dim=-1)
 
 
 def _check(config: FalconConfig, prompts: list[list[int]], max_new_tokens: int) -> None:
@@ -162,34 +165,29 @@ def _answers(
     on_token: Callable[[int, int], None] | None,
 ) -> list[list[int]]:
     """Returns the new tokens of each row."""
-    embedding = model.transformer.word_embeddings.weight
-    device, batch = embedding.device, len(rows)
-    longest = max(len(row) for row in rows)
+    longest, batch = max(len(row) for row in rows), len(rows)
     ids = torch.zeros(batch, longest, dtype=torch.int64)
-    mask = torch.zeros(batch, longest + max_new_tokens, dtype=torch.bool)
-    seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool)
+    real = torch.zeros(batch, longest, dtype=torch.bool)
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :] = torch.tensor(row)
-        mask[i, longest - len(row) :] = True
-        seen[i, row] = True
-    ids, mask, seen = ids.to(device), mask.to(device), seen.to(device)
-    padded = any(len(row) != longest for row in rows)
-    generator = torch.Generator(device).manual_seed(seed)
-    cache = KVCache(model.config, batch, longest + max_new_tokens, device=device, dtype=embedding.dtype)
+        real[i, longest - len(row) :] = True
     answers: list[list[int]] = [[] for _ in rows]
     running = [True] * batch
-    for _ in range(max_new_tokens):
-        visible = mask[:, : cache.length + ids.shape[1]] if padded else None
-        hidden = model.hidden_states(ids, attention_mask=visible, cache=cache)[:, -1]
-        chosen = choice.draw(model.lm_head(hidden).float(), seen, generator)
-        seen.scatter_(1, chosen[:, None], True)
-        for i, token in enumerate(chosen.tolist()):
+
+    def take(tokens: list[int]) -> bool:
+        """Whether a row goes on after the tokens of a step."""
+        for i, token in enumerate(tokens):
             running[i] = running[i] and token != eos_token_id
             if running[i]:
                 answers[i].append(token)
                 if on_token is not None:
                     on_token(i, token)
-        if not any(running):
-            break
-        ids = chosen[:, None]
+        return any(running)
+
+    steps = decoder(model, batch, longest + max_new_tokens, choice)
+    going, left = take(steps.prefill(ids, real, seed)), max_new_tokens - 1
+    while going and left:
+        for tokens in steps.steps(min(steps.chunk, left)):
+            left -= 1
+            going = going and take(tokens)
     return answers

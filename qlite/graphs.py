@@ -65,7 +65,8 @@ def why_not(model: nn.Module) -> str | None:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         return f"its tensors are on {', '.join(sorted(map(str, devices)))}, not on one CUDA device"
-    return None
+    hooked = next((name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks), None)
+    return None if hooked is None else f"{hooked or 'the model'} has a forward hook, which would not be called again"
 
 
 class StepGraphs:

@@ -408,7 +408,8 @@ def test_a_gpu_that_is_not_there_is_an_error_and_not_the_cpu(verb, tmp_path, mon
 
 
 def flags(verb: str) -> list[argparse.Action]:
-    verbs = next(action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    parser = cli.parser(dict.fromkeys(["finetune", "generate", "quantize", "estimate", "merge", "push"]))
+    verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return [action for action in verbs.choices[verb]._actions if not isinstance(action, argparse._HelpAction)]
 
 

@@ -46,5 +46,3 @@ def test_the_kernel_is_the_reference_bit_for_bit(batch, tokens, groups, group, h
     x, cos, sin = (tensor.to(DEVICE) for tensor in example(batch, tokens, groups, group, half, dtype, rows=rows))
     x = x.transpose(0, 1).contiguous().transpose(0, 1) if strided else x
     assert torch.equal(kernels.rotate(x, cos, sin), rotary.rotate(x, cos, sin))
-
-

@@ -15,7 +15,7 @@ BLOCK = 2048
 @triton.jit
 def _dropout_kernel(
     x_ptr, out_ptr, seed_ptr, count, threshold, scale,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr, ROUND_BFLOAT16: tl.constexpr, OUT: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, ROUND_BFLOAT16: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0)
     if WIDE:
@@ -28,7 +28,7 @@ def _dropout_kernel(
     position = first * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x_ptr + position, mask=position < count, other=0.0).to(tl.float32) * scale
     kept = tl.where((numbers >> 1).to(tl.int32, bitcast=True) >= threshold, value, 0.0)
-    tl.store(out_ptr + position, to_output(kept, ROUND_BFLOAT16, OUT), mask=position < count)
+    tl.store(out_ptr + position, to_output(kept, ROUND_BFLOAT16, out_ptr.dtype.element_ty), mask=position < count)
 
 
 def dropout(x: Tensor, seed: Tensor, p: float, threshold: int) -> Tensor:
@@ -41,10 +41,9 @@ def dropout(x: Tensor, seed: Tensor, p: float, threshold: int) -> Tensor:
     out = torch.empty_like(x)
     if not x.numel():
         return out
-    kind = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
     _dropout_kernel[(triton.cdiv(x.numel(), BLOCK),)](
         x, out, seed, x.numel(), threshold, 1 / (1 - p),
         BLOCK=BLOCK, WIDE=x.numel() >= 2**31 - BLOCK, ROUND_BFLOAT16=not x.is_cuda and x.dtype == torch.bfloat16,
-        OUT=kind, num_warps=4, enable_fp_fusion=False,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -22,7 +22,7 @@ def _rounded(value, ROUND_BFLOAT16: tl.constexpr, OUT: tl.constexpr):
 @triton.jit
 def _rotate_kernel(
     x_ptr, cos_ptr, sin_ptr, out_ptr, heads, group, tokens, batch_stride,
-    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROUND_BFLOAT16: tl.constexpr, OUT: tl.constexpr,
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROUND_BFLOAT16: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
@@ -34,11 +34,15 @@ def _rotate_kernel(
     angle = row // tokens * batch_stride + row % tokens * HALF + column
     cos = tl.load(cos_ptr + angle, mask=column < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=column < HALF, other=0.0).to(tl.float32)
-    c = _rounded(a * cos, ROUND_BFLOAT16, OUT) - _rounded(b * sin, ROUND_BFLOAT16, OUT)
-    d = _rounded(b * cos, ROUND_BFLOAT16, OUT) + _rounded(a * sin, ROUND_BFLOAT16, OUT)
+    c = _rounded(a * cos, ROUND_BFLOAT16, out_ptr.dtype.element_ty) - _rounded(
+        b * sin, ROUND_BFLOAT16, out_ptr.dtype.element_ty
+    )
+    d = _rounded(b * cos, ROUND_BFLOAT16, out_ptr.dtype.element_ty) + _rounded(
+        a * sin, ROUND_BFLOAT16, out_ptr.dtype.element_ty
+    )
     value = head % group == group - 1
-    tl.store(out_ptr + first, to_output(tl.where(value, a, c), ROUND_BFLOAT16, OUT), mask=there)
-    tl.store(out_ptr + first + HALF, to_output(tl.where(value, b, d), ROUND_BFLOAT16, OUT), mask=there)
+    tl.store(out_ptr + first, to_output(tl.where(value, a, c), ROUND_BFLOAT16, out_ptr.dtype.element_ty), mask=there)
+    tl.store(out_ptr + first + HALF, to_output(tl.where(value, b, d), ROUND_BFLOAT16, out_ptr.dtype.element_ty), mask=there)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -54,10 +58,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     batch, tokens, groups, group, size = x.shape
     half_block = triton.next_power_of_2(size // 2)
     heads = max(1, PAIRS // half_block)
-    kind = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
     _rotate_kernel[(batch * tokens, triton.cdiv(groups * group, heads))](
         x, cos, sin, out, groups * group, group, tokens, 0 if cos.shape[0] == 1 else tokens * (size // 2),
         HALF=size // 2, HALF_BLOCK=half_block, HEADS=heads, ROUND_BFLOAT16=x.dtype == torch.bfloat16 and not x.is_cuda,
-        OUT=kind, num_warps=4, enable_fp_fusion=False,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out

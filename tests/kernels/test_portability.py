@@ -264,6 +264,21 @@ VARIANTS = {
         "int8_codec", "_dequantize_kernel",
         {"codes_ptr": "*i8", "absmax_ptr": "*fp32", "out_ptr": "*fp16", "columns": "i32"}, {"BLOCK": 4096}, warps=8,
     ),
+    "dropout by seed": Variant(
+        "dropout", "_dropout_kernel",
+        {"x_ptr": "*bf16", "out_ptr": "*bf16", "seed_ptr": "*i64", "count": "i32", "threshold": "i32", "scale": "fp32"},
+        {"BLOCK": 2048, "WIDE": False, "ROUND_BFLOAT16": False}, ("x_ptr", "out_ptr", "seed_ptr", "count"),
+        per_thread=16, budget=26.8,
+    ),
+    "rotary positions": Variant(
+        "rotary", "_rotate_kernel",
+        {
+            "x_ptr": "*bf16", "cos_ptr": "*bf16", "sin_ptr": "*bf16", "out_ptr": "*bf16", "heads": "i32", "group": "i32",
+            "tokens": "i32", "batch_stride": "i32",
+        },
+        {"HALF": 32, "HALF_BLOCK": 32, "HEADS": 32, "ROUND_BFLOAT16": False},
+        ("x_ptr", "cos_ptr", "sin_ptr", "out_ptr"), per_thread=16, budget=13.6,
+    ),
     "int8, one row": int8_one_row(),
     "int8, one row of any length": int8_one_row(False),
     # Tensor cores multiply from 8.0 on; without them the op decodes, or goes row by row.

@@ -1,0 +1,154 @@
+"""The flags of the command line: every verb's, with their defaults and the recipes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import qlite
+from qlite.data import ASSETS
+from qlite.lora_init import STARTS
+from qlite.nf4 import BLOCK_SIZES
+from qlite.saving import LAYOUTS
+from qlite.train import SCHEDULES
+
+#: What `--recipe` sets where a flag is not given. "demo" was tuned for the tiny base on two CPU cores; "tutorial" is the
+#: recipe of the 2023 Falcon tutorials.
+RECIPES: dict[str, dict[str, Any]] = {
+    "demo": {
+        "targets": "all-linear", "r": 16, "alpha": 32.0, "dropout": 0.3, "lr": 5e-3, "epochs": 16.0, "steps": None,
+        "batch_size": 8, "accumulate": 1, "gradient_checkpointing": False,
+    },
+    "tutorial": {
+        "targets": "query_key_value", "r": 16, "alpha": 32.0, "dropout": 0.05, "lr": 2e-4, "epochs": None, "steps": 80,
+        "batch_size": 1, "accumulate": 4, "gradient_checkpointing": True,
+    },
+}  # fmt: skip
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+OPTIMIZERS = {
+    "paged_adamw_8bit": qlite.PagedAdamW8bit,
+    "adamw_8bit": qlite.AdamW8bit,
+    "adamw": torch.optim.AdamW,
+}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Every flag with its default."""
+
+
+def _add_base_flags(parser: argparse.ArgumentParser, device: bool = True) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--base", default=str(ASSETS / "tiny-falcon"), help="folder or hub id of the base")
+    group.add_argument("--revision", help="branch, tag or commit of the base on the hub")
+    formats = ("nf4", "fp4", "int8", "none")
+    group.add_argument("--quantize", choices=formats, help="format of the linears; nf4 unless the base is quantized already")
+    group.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights per absmax (nf4, fp4); None: 64")
+    group.add_argument("--double-quant", action=argparse.BooleanOptionalAction, help="encode absmax too (nf4, fp4); None: yes")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="auto: float32 on the CPU, else 16 bits; to quantize or merge, as stored",
+    )
+    if device:
+        group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
+
+
+def _add_estimate(verbs: Any, says: Mapping[str, str | None]) -> None:
+    size = verbs.add_parser("estimate", formatter_class=_Help, help="GPU memory, beforehand", description=says["estimate"])
+    _add_base_flags(size, device=False)
+    size.add_argument("--r", type=int, default=16, help="rank of the adapters")
+    size.add_argument("--dropout", type=float, default=0.05, help="on the adapters' input")
+    size.add_argument("--targets", default="query_key_value", help="as for finetune")
+    size.add_argument("--dora", action="store_true", help="train the norm of each row of the weights too")
+    size.add_argument("--batch-size", type=int, default=1, help="questions a batch")
+    size.add_argument("--max-length", type=int, default=512, help="tokens of a question and its answer")
+    size.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="as for finetune")
+    size.add_argument("--memory", type=float, help="GiB of a card: does it fit, and up to which batch")
+    size.set_defaults(alpha=32.0, init="kaiming", rslora=False)  # which cost nothing
+
+
+def parser(says: Mapping[str, str | None]) -> argparse.ArgumentParser:
+    """Returns the parser of the command line. says: what each verb does, by its name."""
+    whole = argparse.ArgumentParser(prog="qlite", description="Fine-tune a Falcon in 4 bits on one small GPU.")
+    verbs = whole.add_subparsers(dest="verb", required=True)
+    tune = verbs.add_parser("finetune", formatter_class=_Help, help="train an adapter on a FAQ", description=says["finetune"])
+    _add_base_flags(tune)
+    data = tune.add_argument_group("data")
+    data.add_argument("--data", default=str(ASSETS / "faq.json"), help="JSON or JSONL of questions and answers")
+    data.add_argument("--eval-data", help="questions in other words, with answers; the demo's data has its own, else none")
+    data.add_argument("--max-length", type=int, default=512, help="tokens of a question and its answer")
+    data.add_argument("--ask", default="How can I create an account?", help="asked before and after")
+    train = tune.add_argument_group("training (a default of None comes from --recipe)")
+    train.add_argument("--recipe", choices=RECIPES, default="demo", help=json.dumps(RECIPES).replace("%", "%%"))
+    train.add_argument("--r", type=int, help="rank of the adapters")
+    train.add_argument("--alpha", type=float, help="the adapters' output is scaled by alpha / r")
+    train.add_argument("--dropout", type=float, help="on the adapters' input")
+    train.add_argument("--targets", help="all-linear, names joined by commas, or a regular expression in /slashes/")
+    train.add_argument("--init", choices=STARTS, default="kaiming", help="how the adapters begin")
+    train.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
+    train.add_argument("--dora", action="store_true", help="train the norm of each row of the weights too")
+    train.add_argument("--optimizer", choices=OPTIMIZERS, default="paged_adamw_8bit", help="of the adapters")
+    train.add_argument("--lr", type=float, help="peak learning rate")
+    train.add_argument("--weight-decay", type=float, default=0.0, help="of the adapters")
+    length = train.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="optimizer steps")
+    length.add_argument("--epochs", type=float, help="passes over the data")
+    train.add_argument("--batch-size", type=int, help="questions a batch")
+    train.add_argument("--accumulate", type=int, help="batches a step")
+    train.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate")
+    train.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
+    train.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    train.add_argument(
+        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks in the backward pass"
+    )
+    train.add_argument(
+        "--cuda-graphs", action=argparse.BooleanOptionalAction, help="record forward and backward; None: where it can be done"
+    )
+    train.add_argument("--seed", type=int, default=0, help="of adapters, order and dropout")
+    out = tune.add_argument_group("output")
+    out.add_argument("--output", help="folder for adapter, metrics, loss curve and checkpoints; None: a new one under runs/")
+    out.add_argument("--save-every", type=int, help="steps between checkpoints; none without")
+    out.add_argument("--save-total-limit", type=int, default=2, help="checkpoints that stay")
+    out.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    out.add_argument("--tensorboard", action="store_true", help="write event files too")
+    out.add_argument("--no-progress", dest="progress", action="store_false", default=True, help="no progress line")
+
+    ask = verbs.add_parser("generate", formatter_class=_Help, help="answer questions", description=says["generate"])
+    _add_base_flags(ask)
+    ask.add_argument("--adapter", help="folder or hub id of a LoRA adapter")
+    ask.add_argument("--questions", help="a FAQ file whose questions are all answered, instead of one from the line")
+    ask.add_argument("--interactive", action="store_true", help="answer the lines of standard input, one after the other")
+    ask.add_argument("--tokens", action="store_true", help="print token ids as JSON, one list a question")
+    ask.add_argument("--stats", action="store_true", help="say on stderr how long it took: to the first token, a token")
+    ask.add_argument("--max-new-tokens", type=int, default=64, help="at most so many tokens an answer")
+    ask.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
+    ask.add_argument("--top-k", type=int, help="draw among the k likeliest")
+    ask.add_argument("--top-p", type=float, help="draw among the likeliest of this total probability")
+    ask.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repetitions")
+    ask.add_argument("--seed", type=int, default=0, help="of the draws")
+    ask.add_argument("question", nargs="?", help="the question")
+
+    quant = verbs.add_parser("quantize", formatter_class=_Help, help="write it encoded", description=says["quantize"])
+    _add_base_flags(quant)
+    quant.add_argument("--output", required=True, help="folder to write; must not hold anything")
+    quant.add_argument("--layout", choices=LAYOUTS, default="qlite", help="of the tensors; bitsandbytes: transformers'")
+
+    _add_estimate(verbs, says)
+    share = verbs.add_parser("push", formatter_class=_Help, help="put an adapter on the hub", description=says["push"])
+    share.add_argument("folder", help="the adapter's folder, such as runs/faq/adapter")
+    share.add_argument("repo_id", help="owner/name on the hub; created where it is not there")
+    share.add_argument("--base", help="hub id of the base, where the adapter names it by a folder of this machine")
+    share.add_argument("--public", action="store_true", help="for everyone to see; private without")
+    share.add_argument("--dry-run", action="store_true", help="list what would go, contact nothing")
+
+    join = verbs.add_parser("merge", formatter_class=_Help, help="write base and adapter as one", description=says["merge"])
+    _add_base_flags(join)
+    join.add_argument("--adapter", required=True, help="folder or hub id of a LoRA adapter")
+    join.add_argument("--original", help="folder or hub id of the base's dense weights, to take the place of decoded ones")
+    join.add_argument("--output", required=True, help="folder to write; must not hold anything")
+    return whole

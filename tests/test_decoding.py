@@ -1,0 +1,132 @@
+"""Recorded decoding: the tokens of steps that are not recorded, and a recording that is used for as long as it is right."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import qlite
+from qlite import decoding
+from tests.falcons import FLAVOURS
+
+CUDA = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+OPTIONS = {
+    "greedy": {},
+    "penalty": {"repetition_penalty": 1.3},
+    "sampled": {"temperature": 1.0},
+    "top-k": {"temperature": 0.8, "top_k": 5},
+    "top-p": {"temperature": 1.2, "top_p": 0.8, "repetition_penalty": 1.1},
+}
+PROMPTS = {"one": [[1, 2, 3, 4]], "batch": [[5, 6], [1, 2, 3, 4, 5, 6, 7], [8]]}
+
+
+def talker(flavour="7b", dtype=torch.float32, device="cuda" if CUDA else "cpu"):
+    model = qlite.Falcon(FLAVOURS[flavour], dtype=dtype).init_weights_(seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # of small ones the likeliest token is always the same
+            if parameter.ndim == 2:
+                parameter.mul_(12)
+    qlite.quantize_model(model)
+    qlite.add_lora(model, qlite.LoRAConfig(r=4, targets=("query_key_value", "dense_h_to_4h")), seed=1)
+    return model.to(device)
+
+
+def test_memory_of_a_decoder_is_a_multiple_and_within_the_context():
+    model = talker(device="cpu")
+    choice = qlite.generate.__globals__["_Choice"](0.0, None, None, 1.0)
+    assert decoding.decoder(model, 2, 20, choice).cache.max_length == 64  # the context
+    long = qlite.Falcon(qlite.FalconConfig(vocab_size=9, hidden_size=8, num_attention_heads=1, num_hidden_layers=1))
+    assert decoding.decoder(long, 1, 257, choice).cache.max_length == 512
+
+
+def test_nothing_is_kept_for_a_cpu():
+    model = talker(device="cpu")
+    qlite.generate(model, [1, 2], max_new_tokens=2)
+    assert model not in decoding._KEPT
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("flavour", ["7b", "40b", "11b", "rw"])
+def test_recorded_steps_give_the_tokens_of_steps_that_are_not(flavour, options, prompts, dtype, monkeypatch):
+    model = talker(flavour, dtype)
+    options = {**OPTIONS[options], "max_new_tokens": 21, "eos_token_id": None, "seed": 5}
+    first = qlite.generate(model, PROMPTS[prompts], **options)
+    again = qlite.generate(model, PROMPTS[prompts], **options)  # every step but the prefill is a replay
+    kept = decoding._KEPT.get(model)
+    assert (kept is not None and kept[1].graph is not None) is (flavour != "rw")
+    monkeypatch.setattr(decoding, "why_not", lambda model: "a test")
+    decoding._KEPT.pop(model, None)
+    plain = qlite.generate(model, PROMPTS[prompts], **options)
+    assert first == again == plain and len({len(row) for row in plain}) == 1
+    if options.get("temperature"):
+        assert qlite.generate(model, PROMPTS[prompts], **{**options, "seed": 6}) != plain
+
+
+@needs_gpu
+def test_a_recording_is_used_again_and_follows_the_weights():
+    model, prompt = talker(), [1, 2, 3]
+    before = qlite.generate(model, prompt, max_new_tokens=12, eos_token_id=None)
+    steps = decoding._KEPT[model][1]
+    graph = steps.graph
+    assert qlite.generate(model, [4, 5], max_new_tokens=30, eos_token_id=None) and decoding._KEPT[model][1] is steps
+    with torch.no_grad():
+        for parameter in qlite.lora_parameters(model):
+            parameter.add_(0.3)
+    after = qlite.generate(model, prompt, max_new_tokens=12, eos_token_id=None)
+    assert decoding._KEPT[model][1].graph is graph and after != before
+    decoding._KEPT.pop(model)
+    assert qlite.generate(model, prompt, max_new_tokens=12, eos_token_id=None) == after
+
+
+@needs_gpu
+@pytest.mark.parametrize("change", ["scaling", "tensor", "merge", "batch", "choice"])
+def test_a_change_that_a_recording_would_miss_makes_a_new_one(change):
+    model, options = talker(), {"max_new_tokens": 12, "eos_token_id": None}
+    with torch.no_grad():
+        for parameter in qlite.lora_parameters(model):
+            parameter.add_(0.1)
+    prompts = [[1, 2, 3]]
+    qlite.generate(model, prompts, **options)
+    steps = decoding._KEPT[model][1]
+    first = next(module for module in model.modules() if isinstance(module, qlite.LoRALinear))
+    if change == "scaling":
+        first.scaling *= 5
+    elif change == "tensor":
+        first.lora_B = torch.nn.Parameter(first.lora_B.detach() * -3)
+    elif change == "merge":
+        qlite.merge_adapter(model)
+    elif change == "batch":
+        prompts = [[1, 2, 3], [4]]
+    else:
+        options["repetition_penalty"] = 1.5
+    found = qlite.generate(model, prompts, **options)
+    assert decoding._KEPT[model][1] is not steps
+    decoding._KEPT.pop(model)
+    assert qlite.generate(model, prompts, **options) == found
+
+
+@needs_gpu
+def test_a_row_that_ends_in_the_middle_of_a_chunk_ends_there():
+    model, prompts = talker(), PROMPTS["batch"]
+    whole = qlite.generate(model, prompts, max_new_tokens=20, eos_token_id=None)
+    end = whole[0][3]
+    told: list[list[int]] = [[] for _ in prompts]
+    found = qlite.generate(model, prompts, max_new_tokens=20, eos_token_id=end, on_token=lambda row, t: told[row].append(t))
+    wanted = [row[: row.index(end)] if end in row else row for row in whole]
+    assert found == wanted == told
+
+
+@needs_gpu
+def test_memory_goes_with_the_model():
+    model = talker()
+    qlite.generate(model, [1, 2, 3], max_new_tokens=12)
+    torch.cuda.synchronize()
+    del model
+    gc.collect()
+    assert not decoding._KEPT
