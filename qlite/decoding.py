@@ -73,8 +73,8 @@ class Decoder:
         real = real.to(self.ids.device)
         self.visible.zero_()
         self.visible[:, :length] = real
-        # Of the padding, whose token is 0, nothing counts as seen.
-        self.seen.zero_().scatter_reduce_(1, ids, real, "amax")
+        self.seen.zero_().scatter_(1, ids, True)
+        self.seen[:, 0] = ((ids == 0) & real).any(dim=1)  # token 0 is what padding is made of
         self.at.fill_(length)
         self.positions.copy_(real.sum(dim=1, keepdim=True))
         self._choose(hidden)

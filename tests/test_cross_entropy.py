@@ -209,6 +209,7 @@ def test_a_wrong_shape_or_dtype_is_named(hidden, targets):
         linear_cross_entropy(hidden, nn.Linear(4, 5), targets)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_on_a_gpu_the_loss_of_a_chunk_takes_a_chunk_of_memory_and_no_synchronisation(dtype):
@@ -220,8 +221,8 @@ def test_on_a_gpu_the_loss_of_a_chunk_takes_a_chunk_of_memory_and_no_synchronisa
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         linear_cross_entropy(hidden, head, targets).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
