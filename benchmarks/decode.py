@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode                     # batches of 1, 4, 16, 64, prompts of 64 and 1,024; a CUDA GPU, 2 minutes
     python -m benchmarks.decode --batches 1 --prompts 64 --profile    # and the kernels that take the time
+    python -m benchmarks.decode --peers             # the same work by transformers, peft and bitsandbytes
 
 Random weights in NF4 with double quantization, bfloat16 arithmetic, greedy; the adapter is LoRA r=16 on query_key_value, not
 merged. A step is the time of an answer of 129 tokens less that of one of a single token, over 128, the median of five; both
@@ -16,10 +17,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import qlite
+from benchmarks import peer_falcon
 from benchmarks.common import FAILURES, bf16_peak, copy_bandwidth, need_gpu, record, table, told
 from benchmarks.falcon7b import CONFIGS, SHARED
 from benchmarks.training_step import products, random_model
@@ -38,26 +41,28 @@ def seconds_of(call: Callable[[], object], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def measure(model: qlite.Falcon, batch: int, prompt: int) -> dict:
-    """Returns the figures of one setting."""
+def measure(config: qlite.FalconConfig, model: Any, batch: int, prompt: int, *, peer: bool) -> dict:
+    """Returns the figures of one setting, for a Falcon of ours or the peers'."""
     generator = torch.Generator().manual_seed(1)
-    rows = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).tolist()
+    rows = torch.randint(config.vocab_size, (batch, prompt), generator=generator).tolist()
 
     def answer(count: int) -> list[list[int]]:
+        if peer:
+            return peer_falcon.generate(model, rows, count)
         return qlite.generate(model, rows, max_new_tokens=count, eos_token_id=None)
 
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     answer(NEW)
     cold = time.perf_counter() - start
-    first, whole = seconds_of(lambda: answer(1)), seconds_of(lambda: answer(NEW))
+    first, whole = seconds_of(lambda: answer(1)), seconds_of(lambda: answer(NEW), 1 if peer else 5)
     step = (whole - first) / (NEW - 1)
     read = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / copy_bandwidth()
-    floor = max(read, 2 * products(model.config) * batch / bf16_peak())
+    floor = max(read, 2 * products(config) * batch / bf16_peak())
     return {
         "batch": batch, "prompt": prompt, "ms_a_step": round(step * 1e3, 3), "floor_ms": round(floor * 1e3, 3),
         "tokens_per_second": round(batch / step, 1), "first_token_ms": round(first * 1e3, 2),
-        "first_token_floor_ms": round(2e3 * products(model.config) * batch * prompt / bf16_peak(), 2),
+        "first_token_floor_ms": round(2e3 * products(config) * batch * prompt / bf16_peak(), 2),
         "cold_seconds": round(cold, 2), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
     }  # fmt: skip
 
@@ -81,6 +86,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--batches", default="1,4,16,64")
     parser.add_argument("--prompts", default="64,1024")
+    parser.add_argument("--peers", action="store_true", help="transformers + peft + bitsandbytes, and nothing else")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step of each setting")
     parser.add_argument("--commit", help="what to call this tree")
     options = parser.parse_args()
@@ -89,19 +95,24 @@ def main() -> None:
     if options.layers:
         values["num_hidden_layers"] = options.layers
     config = qlite.FalconConfig.from_dict(values)
-    model = random_model(config)
+    model: Any = None if options.peers else random_model(config)
     bf16_peak(), copy_bandwidth()
     found = []
     for adapter in (False, True):
-        if adapter:
+        if options.peers:
+            model = None  # before the next one is made
+            model = peer_falcon.load(config, adapter=adapter)
+        elif adapter:
             qlite.add_lora(model, qlite.LoRAConfig.qlora_2023(), seed=0)
         for batch in map(int, options.batches.split(",")):
             for prompt in map(int, options.prompts.split(",")):
                 try:
-                    row = {"adapter": adapter, **measure(model, batch, prompt)}
+                    row = {"adapter": adapter, **measure(config, model, batch, prompt, peer=options.peers)}
+                    if options.peers:
+                        row["peer"] = "transformers + peft + bitsandbytes"
                     record("decode", {"model": options.model, "layers": config.num_hidden_layers, **row}, commit=options.commit)
                     found.append(row)
-                    if options.profile:
+                    if options.profile and not options.peers:
                         print(profile(model, batch, prompt), flush=True)
                 except FAILURES as error:
                     print(f"batch {batch}, prompt {prompt}: {told(error)}", flush=True)

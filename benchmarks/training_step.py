@@ -3,6 +3,7 @@
     python -m benchmarks.training_step                    # the eight settings; a CUDA GPU, 2 minutes
     python -m benchmarks.training_step --settings 1x512,4x2048 --profile   # and the kernels that take the time
     python -m benchmarks.training_step --no-cuda-graphs   # every launch from Python
+    python -m benchmarks.training_step --peers            # the same work by transformers, peft and bitsandbytes
 
 The model has random weights, encoded layer by layer on the GPU. A step is one of `qlite.finetune` with accumulate=1: forward
 and backward of a batch whose tokens are all labelled, the gradient's norm, paged 8-bit AdamW; LoRA r=16, alpha 32, dropout
@@ -23,6 +24,7 @@ import time
 import torch
 
 import qlite
+from benchmarks import peer_falcon
 from benchmarks.common import FAILURES, bf16_peak, need_gpu, record, table, told
 from benchmarks.falcon7b import CONFIGS, SHARED
 from qlite.data import Batch
@@ -121,6 +123,25 @@ def profile(model: qlite.Falcon, rows: int, tokens: int, cuda_graphs: bool | Non
     return table(("ms", "launches", "share", "kernel"), lines)
 
 
+def measure_peers(config: qlite.FalconConfig, options: argparse.Namespace) -> None:
+    """Records a row for each setting, of the peers."""
+    model = peer_falcon.load(config)
+    for checkpointing in {"both": (True, False), "yes": (True,), "no": (False,)}[options.checkpointing]:
+        for setting in options.settings.split(","):
+            rows, tokens = (int(part) for part in setting.split("x"))
+            row = {"model": options.model, "layers": config.num_hidden_layers, "rows": rows, "tokens": tokens}
+            row |= {"checkpointing": checkpointing, "peer": "transformers + peft + bitsandbytes"}
+            try:
+                times, peak = peer_falcon.step_seconds(model, rows, tokens, options.steps, checkpointing=checkpointing)
+            except FAILURES as error:
+                print(f"{setting}, checkpointing {checkpointing}: {told(error)}", flush=True)
+                continue
+            seconds = statistics.median(times)
+            row |= {"ms": round(seconds * 1e3, 2), "slowest_ms": round(max(times) * 1e3, 2), "steps": len(times)}
+            row |= {"tokens_per_second": round(rows * tokens / seconds), "peak_gib": round(peak / GIB, 3)}
+            record("training_step", row, commit=options.commit)
+
+
 def main() -> None:
     """Measures the settings asked for, and records a row each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,6 +151,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", choices=("both", "yes", "no"), default="both")
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
     parser.add_argument("--no-cuda-graphs", action="store_true")
+    parser.add_argument("--peers", action="store_true", help="transformers + peft + bitsandbytes too, and nothing else")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step of each setting")
     parser.add_argument("--commit", help="what to call this tree")
     options = parser.parse_args()
@@ -138,6 +160,9 @@ def main() -> None:
     if options.layers:
         values["num_hidden_layers"] = options.layers
     config = qlite.FalconConfig.from_dict(values)
+    if options.peers:
+        measure_peers(config, options)
+        return
     model = random_model(config)
     print(qlite.add_lora(model, qlite.LoRAConfig.qlora_2023(), seed=0))
     bf16_peak()
