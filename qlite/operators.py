@@ -9,7 +9,7 @@ Not done here: any op.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -92,10 +92,10 @@ def grad_bias(ctx, grad: Tensor, position: int) -> Tensor | None:
 
 
 def on_cuda(name: str, kernel: Callable) -> None:
-    """Has `kernel` run for CUDA tensors, on the device of the first: Triton launches on the current one."""
+    """Has `kernel` run for CUDA tensors, on the device of the first (or first of a list): Triton launches on the current one."""
 
-    def run(first: Tensor, *others):
-        with torch.cuda.device(first.device):
+    def run(first: Tensor | Sequence[Tensor], *others):
+        with torch.cuda.device((first if isinstance(first, Tensor) else first[0]).device):
             return kernel(first, *others)
 
     library.impl(name, run, "CUDA")

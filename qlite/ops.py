@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qlite import int8, nf4
+from qlite import adamw_8bit, int8, nf4
 from qlite.int8 import Int8Tensor
 from qlite.nf4 import NF4_LEVELS, NF4Tensor
 from qlite.operators import declare, differentiate, grad_bias, keep, on_cuda
@@ -290,6 +290,39 @@ _apply_linear_int8 = differentiate("linear_int8", _keep_for_linear_int8, _linear
 _apply_linear_int8_grad = differentiate(
     "linear_int8_grad", _keep_for_linear_int8_grad, _linear_int8_grad_backward, _linear_int8_grad_jvp
 )
+
+
+# AdamW, in place, over lists of contiguous tensors of one device and, for the kernels, one dtype. `rules`: adamw_8bit.flattened.
+
+
+def _changed_by_a_kernel(*lists: Sequence[Tensor]) -> None:
+    """Tells autograd, as PyTorch's own in-place operators do."""
+    torch.autograd.graph.increment_version([tensor for some in lists for tensor in some if not tensor.is_inference()])
+
+
+def _adamw_8bit_cuda(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, rules, grad_scale, block_size):
+    moments = (exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
+    kernels = _kernels("adamw_8bit", params[0].device)
+    # What a program's registers do not hold is stepped by the reference, on the GPU too.
+    step = kernels.step_encoded if block_size <= kernels.LONGEST_BLOCK else adamw_8bit.step_encoded
+    step(params, grads, *moments, rules, grad_scale, block_size)
+    _changed_by_a_kernel(params, *moments)
+
+
+def _adamw_cuda(params, grads, exp_avg, exp_avg_sq, rules, grad_scale) -> None:
+    _kernels("adamw_8bit", params[0].device).step_plain(params, grads, exp_avg, exp_avg_sq, rules, grad_scale)
+    _changed_by_a_kernel(params, exp_avg, exp_avg_sq)
+
+
+_STEPPED = "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq"
+_ABSMAX = "Tensor(d!)[] exp_avg_absmax, Tensor(e!)[] exp_avg_sq_absmax"
+declare(
+    f"adamw_8bit_({_STEPPED}, {_ABSMAX}, float[] rules, Tensor? grad_scale, int block_size) -> ()",
+    adamw_8bit.step_encoded, lambda *_: None,
+)  # fmt: skip
+declare(f"adamw_({_STEPPED}, float[] rules, Tensor? grad_scale) -> ()", adamw_8bit.step_plain, lambda *_: None)
+on_cuda("adamw_8bit_", _adamw_8bit_cuda)
+on_cuda("adamw_", _adamw_cuda)
 
 
 # The functions that users and modules call: arguments are checked here, once, before any work.
