@@ -231,5 +231,5 @@ def step_plain(
 ) -> None:
     """Returns nothing; makes `adamw_step` for each of the tensors: see `step_encoded`."""
     for *tensors, rule in zip(params, grads, exp_avg, exp_avg_sq, unflattened(rules), strict=True):
-        for parts in zip(*[tensor.view(-1).split(CHUNK) for tensor in tensors], strict=True):
-            adamw_step(*parts, rule=rule, grad_scale=grad_scale)
+        for p, g, m, v in zip(*[tensor.view(-1).split(CHUNK) for tensor in tensors], strict=True):
+            adamw_step(p, g, m, v, rule=rule, grad_scale=grad_scale)

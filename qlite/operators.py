@@ -91,8 +91,13 @@ def grad_bias(ctx, grad: Tensor, position: int) -> Tensor | None:
     return grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
 
 
+def mark_changed(*lists: Sequence[Tensor]) -> None:
+    """Tells autograd that a kernel has written to tensors, as PyTorch's own in-place operators do."""
+    torch.autograd.graph.increment_version([tensor for some in lists for tensor in some if not tensor.is_inference()])
+
+
 def on_cuda(name: str, kernel: Callable) -> None:
-    """Has `kernel` run for CUDA tensors, on the device of the first (or first of a list): Triton launches on the current one."""
+    """Has `kernel` run for CUDA tensors, on the device of the first, of a list too: Triton launches on the current one."""
 
     def run(first: Tensor | Sequence[Tensor], *others):
         with torch.cuda.device((first if isinstance(first, Tensor) else first[0]).device):

@@ -20,7 +20,7 @@ from torch import Tensor
 from qlite import adamw_8bit, int8, nf4
 from qlite.int8 import Int8Tensor
 from qlite.nf4 import NF4_LEVELS, NF4Tensor
-from qlite.operators import declare, differentiate, grad_bias, keep, on_cuda
+from qlite.operators import declare, differentiate, grad_bias, keep, mark_changed, on_cuda
 
 # find_spec, not try/except ImportError: a Triton that is installed but broken must be heard.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -292,12 +292,7 @@ _apply_linear_int8_grad = differentiate(
 )
 
 
-# AdamW, in place, over lists of contiguous tensors of one device and, for the kernels, one dtype. `rules`: adamw_8bit.flattened.
-
-
-def _changed_by_a_kernel(*lists: Sequence[Tensor]) -> None:
-    """Tells autograd, as PyTorch's own in-place operators do."""
-    torch.autograd.graph.increment_version([tensor for some in lists for tensor in some if not tensor.is_inference()])
+# AdamW, in place, over lists of contiguous tensors of one device and, for the kernels, one dtype; `rules` are flattened.
 
 
 def _adamw_8bit_cuda(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, rules, grad_scale, block_size):
@@ -306,12 +301,12 @@ def _adamw_8bit_cuda(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg
     # What a program's registers do not hold is stepped by the reference, on the GPU too.
     step = kernels.step_encoded if block_size <= kernels.LONGEST_BLOCK else adamw_8bit.step_encoded
     step(params, grads, *moments, rules, grad_scale, block_size)
-    _changed_by_a_kernel(params, *moments)
+    mark_changed(params, *moments)
 
 
 def _adamw_cuda(params, grads, exp_avg, exp_avg_sq, rules, grad_scale) -> None:
     _kernels("adamw_8bit", params[0].device).step_plain(params, grads, exp_avg, exp_avg_sq, rules, grad_scale)
-    _changed_by_a_kernel(params, exp_avg, exp_avg_sq)
+    mark_changed(params, exp_avg, exp_avg_sq)
 
 
 _STEPPED = "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq"
