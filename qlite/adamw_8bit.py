@@ -188,7 +188,8 @@ def unflattened(numbers: Sequence[float]) -> Iterator[AdamWRule]:
     for start in range(0, len(numbers), 6):
         now = numbers[start : start + 6]
         if rule is None or now != before:
-            before, rule = now, AdamWRule(*now[:5], int(now[5]))
+            lr, beta1, beta2, eps, weight_decay, step = before = now
+            rule = AdamWRule(lr, beta1, beta2, eps, weight_decay, int(step))
         yield rule
 
 
@@ -212,13 +213,14 @@ def step_encoded(
     length = max(CHUNK // block_size, 1) * block_size
     columns = zip(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, unflattened(rules), strict=True)
     for param, grad, avg, sq, avg_absmax, sq_absmax, rule in columns:
-        elements = [tensor.view(-1).split(length) for tensor in (param, grad, avg, sq)]
-        blocks = [tensor.split(length // block_size) for tensor in (avg_absmax, sq_absmax)]
-        if param.numel():
-            for p, g, m, v, m_absmax, v_absmax in zip(*elements, *blocks, strict=True):
-                adamw_8bit_step(
-                    p, g, m, m_absmax, v, v_absmax, rule=rule, block_size=block_size, grad_scale=grad_scale
-                )  # fmt: skip
+        param, grad, avg, sq = (tensor.view(-1) for tensor in (param, grad, avg, sq))
+        for start in range(0, param.numel(), length):
+            part = slice(start, start + length)
+            blocks = slice(start // block_size, (start + length) // block_size)
+            adamw_8bit_step(
+                param[part], grad[part], avg[part], avg_absmax[blocks], sq[part], sq_absmax[blocks],
+                rule=rule, block_size=block_size, grad_scale=grad_scale,
+            )  # fmt: skip
 
 
 def step_plain(
