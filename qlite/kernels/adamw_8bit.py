@@ -89,7 +89,7 @@ def _lookup(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _row_of_program(table_ptr, tensors):
+def _row_of_program(tensors, table_ptr):
     """Returns the row of the tensor that this program works at: the last one that begins no later."""
     program = tl.program_id(0)
     low, high = tensors * 0, tensors - 1
@@ -102,7 +102,7 @@ def _row_of_program(table_ptr, tensors):
 
 
 @triton.jit
-def _number(row_ptr, INDEX: tl.constexpr):
+def _number(INDEX: tl.constexpr, row_ptr):
     return tl.load(row_ptr.to(tl.pointer_type(tl.float32), bitcast=True) + NUMBERS + INDEX)
 
 
@@ -112,20 +112,20 @@ def _moments(grad, exp_avg, exp_avg_sq, scale_ptr, row_ptr):
     grad = grad.to(tl.float32)
     if scale_ptr is not None:
         grad *= tl.load(scale_ptr)
-    exp_avg = exp_avg * _number(row_ptr, 0) + grad * _number(row_ptr, 1)
-    exp_avg_sq = exp_avg_sq * _number(row_ptr, 2) + (grad * grad) * _number(row_ptr, 3)
+    exp_avg = exp_avg * _number(0, row_ptr) + grad * _number(1, row_ptr)
+    exp_avg_sq = exp_avg_sq * _number(2, row_ptr) + (grad * grad) * _number(3, row_ptr)
     return exp_avg, exp_avg_sq
 
 
 @triton.jit
 def _updated(param, exp_avg, exp_avg_sq, row_ptr, BOUNDED: tl.constexpr):
     """Returns AdamWRule.updated."""
-    denominator = tl.sqrt_rn(exp_avg_sq) * _number(row_ptr, 4) + _number(row_ptr, 5)
+    denominator = tl.sqrt_rn(exp_avg_sq) * _number(4, row_ptr) + _number(5, row_ptr)
     move = tl.where(denominator == 0, 0.0, tl.math.div_rn(exp_avg, denominator))
     if BOUNDED:
-        bound = _number(row_ptr, 6)
+        bound = _number(6, row_ptr)
         move = tl.minimum(tl.maximum(move, -bound), bound)
-    return param.to(tl.float32) * _number(row_ptr, 8) - move * _number(row_ptr, 7)
+    return param.to(tl.float32) * _number(8, row_ptr) - move * _number(7, row_ptr)
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def _unsigned_code(share, lookup_ptr):
 
 @triton.jit
 def _step_tile(
-    row_ptr, start, count, param_ptr, grad_ptr, lookup_ptr, scale_ptr, smallest,
+    start, count, smallest, row_ptr, param_ptr, grad_ptr, lookup_ptr, scale_ptr,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
     ROUND_BFLOAT16: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +218,7 @@ def _encoded_kernel(
     """Steps `share` tiles of whole blocks of one tensor, one after the other."""
     # param_ptr, grad_ptr: of any of the tensors, for their dtypes alone. WIDTH: what a block takes of the tile.
     STEP: tl.constexpr = TILE // WIDTH * BLOCK
-    row_ptr = _row_of_program(table_ptr, tensors)
+    row_ptr = _row_of_program(tensors, table_ptr)
     count = tl.load(row_ptr + COUNT)
     start = (tl.program_id(0) - tl.load(row_ptr + FIRST)) * share * STEP
     tile = 0
@@ -226,12 +226,12 @@ def _encoded_kernel(
         # Twice the code: masks would keep Triton from loads of 16 bytes.
         if (BLOCK == WIDTH) & (count - start >= STEP):
             _step_tile(
-                row_ptr, start, count, param_ptr, grad_ptr, lookup_ptr, scale_ptr, smallest,
+                start, count, smallest, row_ptr, param_ptr, grad_ptr, lookup_ptr, scale_ptr,
                 BLOCK, WIDTH, TILE, ALIGNED, False, ROUND_BFLOAT16,
             )  # fmt: skip
         else:
             _step_tile(
-                row_ptr, start, count, param_ptr, grad_ptr, lookup_ptr, scale_ptr, smallest,
+                start, count, smallest, row_ptr, param_ptr, grad_ptr, lookup_ptr, scale_ptr,
                 BLOCK, WIDTH, TILE, False, True, ROUND_BFLOAT16,
             )  # fmt: skip
         tile += 1
@@ -243,7 +243,7 @@ def _plain_kernel(
     table_ptr, param_ptr, grad_ptr, scale_ptr, tensors, TILE: tl.constexpr, ROUND_BFLOAT16: tl.constexpr
 ):  # fmt: skip
     """Steps tensors whose moments are float32, element by element."""
-    row_ptr = _row_of_program(table_ptr, tensors)
+    row_ptr = _row_of_program(tensors, table_ptr)
     start = (tl.program_id(0) - tl.load(row_ptr + FIRST)) * TILE
     at = tl.arange(0, TILE)
     mask = at < tl.load(row_ptr + COUNT) - start
