@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -179,7 +179,10 @@ def _scaled(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
 
 def flattened(rules: Sequence[AdamWRule]) -> list[float]:
     """Returns rules as an op takes them: six numbers each, the fields in order."""
-    return [number for rule in rules for number in astuple(rule)]
+    found: list[float] = []
+    for rule in rules:  # astuple would copy deeply, which takes ten times as long
+        found += (rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, rule.step)
+    return found
 
 
 def unflattened(numbers: Sequence[float]) -> Iterator[AdamWRule]:

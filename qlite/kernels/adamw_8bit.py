@@ -286,7 +286,7 @@ def _table(columns: Sequence[Sequence[Tensor]], rules: Sequence[float], step: in
     addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
     addresses += [[0] * len(params)] * (COUNT.value - len(columns))
     counts = [param.numel() for param in params]
-    firsts = list(itertools.accumulate((triton.cdiv(count, step) for count in counts), initial=0))
+    firsts = list(itertools.accumulate((-(-count // step) for count in counts), initial=0))
     programs = firsts.pop()
     rows = [row for row in zip(*addresses, counts, firsts, strict=True) if row[COUNT.value]]
     if not rows:
@@ -299,9 +299,11 @@ def _table(columns: Sequence[Sequence[Tensor]], rules: Sequence[float], step: in
     return on_host.to(params[0].device, non_blocking=True), programs
 
 
-def _check(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Sequence[Tensor]]) -> None:
-    """Raises ValueError where a kernel would read what it is not told of."""
+def _check(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> None:
+    """Raises ValueError where a kernel would take memory for something else than it is."""
     for param, grad, *rest in zip(params, grads, *moments, strict=True):
+        if any(moment.dtype != dtype for moment in rest):
+            raise ValueError(f"AdamW on a GPU: moments are {[moment.dtype for moment in rest]}; wanted {dtype}")
         if param.dtype != params[0].dtype or grad.dtype != grads[0].dtype:
             raise ValueError("AdamW on a GPU: parameters, or gradients, of several dtypes in one call; wanted one dtype")
         for tensor in (grad, *rest):
@@ -335,7 +337,13 @@ def step_encoded(
         ValueError: tensors of several dtypes, sizes or devices, or not contiguous.
     """
     assert 1 <= block_size <= LONGEST_BLOCK
-    _check(params, grads, (exp_avg, exp_avg_sq))
+    _check(params, grads, (exp_avg, exp_avg_sq), torch.uint8)
+    for param, *absmax in zip(params, exp_avg_absmax, exp_avg_sq_absmax, strict=True):
+        if any(each.dtype != torch.float32 or each.shape != (-(-param.numel() // block_size),) for each in absmax):
+            raise ValueError(
+                f"AdamW on a GPU: absmax of {[tuple(each.shape) for each in absmax]} for {param.numel()} elements in blocks of "
+                f"{block_size}; wanted float32, one a block"
+            )
     width = max(4, triton.next_power_of_2(block_size))
     tile = max(TILE, width)
     step = tile // width * block_size
@@ -364,7 +372,7 @@ def step_plain(
     grad_scale: Tensor | None,
 ) -> None:
     """Returns nothing; steps all tensors in one launch: see adamw_8bit.step_plain and `step_encoded`."""
-    _check(params, grads, (exp_avg, exp_avg_sq))
+    _check(params, grads, (exp_avg, exp_avg_sq), torch.float32)
     table, programs = _table((params, grads, exp_avg, exp_avg_sq), rules, PLAIN_TILE)
     if table is not None:
         _plain_kernel[(programs,)](

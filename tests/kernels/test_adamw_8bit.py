@@ -218,6 +218,11 @@ def test_what_a_kernel_cannot_step_is_refused():
     with pytest.raises(ValueError, match="strides"):
         params, grads, *others = case.tensors
         kernels.step_encoded(params, [grads[0], torch.ones(1).expand(300)], *others, case.rules, None, 256)
+    with pytest.raises(ValueError, match=r"\[\(1,\), \(2,\)\] for 300 elements in blocks of 256"):
+        *others, (absmax, other), sq_absmax = case.tensors
+        kernels.step_encoded(*others, [absmax[:1], other], sq_absmax, case.rules, None, 256)
+    with pytest.raises(ValueError, match=r"moments are .*wanted torch.float32"):
+        kernels.step_plain(*case.tensors[:4], case.rules, None)
     with pytest.raises(ValueError, match="299"):
         kernels.step_plain([torch.ones(300)], [torch.ones(299)], [torch.ones(300)], [torch.ones(300)], flattened([RULE]), None)
 
