@@ -7,8 +7,9 @@ Three jobs: the 64 LoRA tensors of a Falcon-7B (rank 16 on query_key_value, floa
 bfloat16 parameters whose state is paged to the host. First, two steps of the 64 tensors must equal the reference bit for
 bit; if they do not, nothing is timed and the exit status is 1.
 
-gpu: CUDA events around a step that is queued while the GPU is kept waiting, so that launches do not count; what a step waits
-for itself does. wall: seconds of many steps, with the last one's end, over their number. Medians, and of wall the mean.
+gpu: CUDA events around a step that is queued while the GPU is kept waiting, so that launches do not count (what a step waits
+for itself does, and of paged state the way home of the last piece does not), median. wall: the time of many steps, to the
+end of the last, over their number.
 
 floor = bytes read and written once / measured copy bandwidth. Of paged state: the bytes of the state over the rate of copies
 in both directions at once, from and to pinned memory, measured in the same run.

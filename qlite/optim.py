@@ -42,10 +42,11 @@ from qlite.moments import (
 )
 from qlite.paging import PagedBuffer, Pager, Piece
 
-#: Elements of a piece of paged state at most, 17 MB encoded: 0.34 ms each way over PCIe at 50 GB/s. The host needs some
-#: tenths of that to queue the copies, the events and the launch of a piece; less, and it could not keep up. More would
-#: gain nothing: three pieces are on the device at a time, and the first to arrive and the last to leave overlap with nothing.
-CHUNK = 2**23
+#: Elements of a piece of paged state at most. Over PCIe, at 50 GB/s, a piece takes 0.34 ms each way. In that time the host
+#: must queue the copies, events and launch of the next: with much less it could not keep up. More would gain nothing and take
+#: memory: three pieces are on the device at a time, and the first to arrive and the last to leave overlap with nothing. Not
+#: quite 2^23: encoded, a piece just fits 16 MiB, and PyTorch takes pinned memory in powers of two.
+CHUNK = 63 * 2**17
 
 
 class _EncodedAdamW(Optimizer, ABC):
@@ -276,7 +277,7 @@ class PagedAdamW8bit(_EncodedAdamW):
 
     The host memory is pinned if the parameter is on a CUDA device. Tensors of one device and dtype that have their first
     step together share pieces of up to 8 million elements, each copied as a whole; larger ones are cut into such pieces. At
-    most three pieces are on the device at a time, 51 MB, and none between steps. Read `optimizer.state` directly only
+    most three pieces are on the device at a time, 50 MB, and none between steps. Read `optimizer.state` directly only
     after `state_dict()`, which waits for the last copies.
 
     Args:

@@ -353,8 +353,8 @@ def step_encoded(
     table, programs = _table(columns, rules, share * step)
     if table is None:
         return
-    chunks = ((params, 4 * params[0].element_size()), (grads, 4 * grads[0].element_size()), (exp_avg, 4), (exp_avg_sq, 4))
-    aligned = all(tensor.data_ptr() % nbytes == 0 for tensors, nbytes in chunks for tensor in tensors)
+    columns_at = ((params, 16), (grads, 16), (exp_avg, 4), (exp_avg_sq, 4))
+    aligned = all(tensor.data_ptr() % nbytes == 0 for tensors, nbytes in columns_at for tensor in tensors)
     _encoded_kernel[(programs,)](
         table, _lookup(params[0].device), params[0], grads[0], grad_scale, table.shape[0], share, SMALLEST_DIVISOR,
         BLOCK=block_size, WIDTH=width, TILE=tile, ALIGNED=aligned,

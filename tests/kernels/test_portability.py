@@ -297,7 +297,7 @@ VARIANTS = {
     "int8, many rows of any length": int8_many_rows((9, 0), False, capabilities=TENSOR_CORES),
     "int8, many rows": int8_many_rows((9, 0), True, capabilities=(90,)),
     "int8, some hundred rows": int8_many_rows((9, 0), True, 256, capabilities=(90,)),
-    # With the search for the row, some 80 instructions a program. A program of many tiles loads the row anew for each.
+    # With the search for the row. Of a program that steps several tiles, the first with all that is prepared once.
     "adamw": adamw(budget=94.6),
     "adamw, bfloat16": adamw("*bf16", budget=97.7),
     "adamw, float32 of a bfloat16 gradient, scaled": adamw("*fp32", "*bf16", scale=True),
