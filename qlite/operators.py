@@ -13,7 +13,7 @@ import functools
 import importlib
 import importlib.util
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -123,11 +123,16 @@ def grad_bias(ctx, grad: Tensor, position: int) -> Tensor | None:
     return grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
 
 
-def on_cuda(name: str, kernel: Callable) -> None:
-    """Has `kernel` run for CUDA tensors, on the device of the first: Triton launches on the current one."""
+def mark_changed(*lists: Sequence[Tensor]) -> None:
+    """Tells autograd that a kernel has written to tensors, as PyTorch's own in-place operators do."""
+    torch.autograd.graph.increment_version([tensor for some in lists for tensor in some if not tensor.is_inference()])
 
-    def run(first: Tensor, *others):
-        with torch.cuda.device(first.device):
+
+def on_cuda(name: str, kernel: Callable) -> None:
+    """Has `kernel` run for CUDA tensors, on the device of the first, of a list too: Triton launches on the current one."""
+
+    def run(first: Tensor | Sequence[Tensor], *others):
+        with torch.cuda.device((first if isinstance(first, Tensor) else first[0]).device):
             return kernel(first, *others)
 
     library.impl(name, run, "CUDA")

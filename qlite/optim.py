@@ -1,20 +1,20 @@
 """AdamW with 8-bit moments, resident on the device or paged to the host: one step, two homes for the state.
 
 Both moments are kept as dynamic 8-bit codes with one float32 absmax per block of 256 (Dettmers et al., "8-bit
-Optimizers via Block-wise Quantization", arXiv 2110.02861): 2.03 bytes a parameter instead of 8. The update itself is in
-adamw_8bit.py. Small tensors keep float32 moments.
+Optimizers via Block-wise Quantization", arXiv 2110.02861): 2.03 bytes a parameter instead of 8. Small tensors keep float32
+moments. The update itself is in adamw_8bit.py; what is resident is stepped by one call of the op (training_ops.py) for all
+tensors of a device, dtype and block size, whatever their groups, and what is paged by one for each piece.
 
 Non-finite gradients: nothing is read back from the device to look for them. A block (for float32 moments: an element)
 whose new moments would not be finite keeps its parameters and moments as they are, so that no NaN is ever stored; to
 skip the whole step is the training loop's part.
 
 Not done: AMSGrad, sparse gradients, float64 and complex parameters, stochastic rounding of bf16 parameters, capture of
-a step in a CUDA graph (`step` is a Python number).
+a step in a CUDA graph (`step` and the settings are Python numbers: they reach the GPU by a copy with each step).
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,21 +25,41 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qlite.adamw_8bit import AdamWRule, adamw_8bit_step, adamw_step
+import qlite.training_ops  # noqa: F401  declares the ops
+from qlite import moments
+from qlite.adamw_8bit import AdamWRule, flattened
+from qlite.moments import (
+    DTYPES,
+    SETTINGS,
+    SIGNED_ZERO_CODE,
+    Layout,
+    check_dtype,
+    check_scale,
+    check_settings,
+    check_state,
+    layout_of,
+    resident,
+)
 from qlite.paging import PagedBuffer, Pager, Piece
 
-#: Elements updated at a time: the float32 temporaries of one chunk take about 50 MB.
-CHUNK = 2**20
-#: The code of 0.0 in the signed table.
-SIGNED_ZERO_CODE = 127
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SETTINGS = ("lr", "betas", "eps", "weight_decay", "block_size", "min_8bit_size")
-#: For each name of a parameter's state its shape and dtype.
-Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+#: Elements of a piece of paged state at most. Over PCIe, at 50 GB/s, a piece takes 0.34 ms each way. In that time the host
+#: must queue the copies, events and launch of the next: with much less it could not keep up. More would gain nothing and take
+#: memory: three pieces are on the device at a time, and the first to arrive and the last to leave overlap with nothing. Not
+#: quite 2^23: encoded, a piece just fits 16 MiB, and PyTorch takes pinned memory in powers of two.
+CHUNK = 63 * 2**17
 
 
 class _EncodedAdamW(Optimizer, ABC):
-    """What both optimizers share: groups, the step, and state that no load casts. The home of the state is theirs."""
+    """What both optimizers share: groups, the step, and state that no load casts. The home of the state is theirs.
+
+    Attributes:
+        grad_scale: None, or a float32 tensor of one element on the parameters' device, by which `step` multiplies every
+            gradient as it reads it, in float32: clipping, or undoing the scale of a loss, without a pass over the gradients
+            and without waiting for the device. It stays until it is set again, and no state_dict holds it. (torch's fused
+            optimizers divide by their attribute of this name.)
+    """
+
+    grad_scale: Tensor | None = None
 
     def __init__(
         self,
@@ -63,7 +83,7 @@ class _EncodedAdamW(Optimizer, ABC):
             TypeError: a parameter is not float32, bfloat16 or float16.
         """
         if isinstance(param_group, dict) and isinstance(param_group.get("params"), Iterable):
-            _check_settings({**self.defaults, **param_group}, type(self).__name__)
+            check_settings({**self.defaults, **param_group}, type(self).__name__)
             if not isinstance(param_group["params"], Tensor | set):
                 param_group["params"] = list(param_group["params"])
                 self._check_params(param_group["params"])
@@ -77,29 +97,22 @@ class _EncodedAdamW(Optimizer, ABC):
             closure: evaluates the loss again and returns it, under enabled gradients.
 
         Raises:
-            ValueError: a gradient is sparse. TypeError: a parameter has changed to a dtype not offered. Both before any
-            parameter is changed.
+            ValueError: a gradient is sparse, or grad_scale has not one element. TypeError: a parameter has changed to a
+            dtype not offered, or grad_scale is not a float32 tensor. All before any parameter is changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_scale(self.grad_scale, type(self).__name__)
         work = []
         for index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
-                if param.grad is None:
-                    continue
-                where = f"parameter {position} of group {index}, shape {tuple(param.shape)}"
-                _check_dtype(param, where)
-                if param.grad.layout != torch.strided:
-                    raise ValueError(
-                        f"{type(self).__name__}: the gradient of {where} is {param.grad.layout}; wanted a dense one. "
-                        "Build the embedding with sparse=False, or give it torch.optim.SparseAdam"
-                    )
-                work.append((group, param))
+                if param.grad is not None:
+                    self._check_gradient(index, position, param)
+                    work.append((group, param))
         # All state is allocated before the first parameter changes: running out of memory there loses nothing.
-        for group, param in work:
-            self._settle(group, param)
+        self._settle(work)
         items = [_Work.of(group, param, self.state[param]) for group, param in work]
         self._update(items)
         for item in items:
@@ -137,7 +150,7 @@ class _EncodedAdamW(Optimizer, ABC):
         groups = state["param_groups"]
         group_of = {id(param): group for group in groups for param in group["params"]}
         for group in groups:
-            _check_settings(group, f"{type(self).__name__}.load_state_dict")
+            check_settings(group, f"{type(self).__name__}.load_state_dict")
             group["betas"] = tuple(group["betas"])
         loaded = {}
         for param, entry in state["state"].items():
@@ -145,13 +158,12 @@ class _EncodedAdamW(Optimizer, ABC):
             if id(param) not in group_of:
                 raise ValueError(f"{type(self).__name__}: the state has an entry {param!r} for no parameter of a group")
             if entry:
-                _check_state(param, entry, group_of[id(param)])
+                check_state(param, entry, group_of[id(param)])
                 loaded[param] = entry
         self._come_home()
         super().__setstate__({**state, "state": defaultdict(dict)})
         self._forget()
-        for param, entry in loaded.items():
-            self._place(param, entry)
+        self._place([(param, entry, layout_of(entry)) for param, entry in loaded.items()])
 
     def _check_params(self, params: list[Any]) -> None:
         """Raises if a parameter has a dtype not offered or stands twice; leaves other oddities to torch."""
@@ -159,43 +171,58 @@ class _EncodedAdamW(Optimizer, ABC):
         for position, param in enumerate(tensors):
             if isinstance(param, Tensor):
                 where = f"parameter {position} of group {len(self.param_groups)}, shape {tuple(param.shape)}"
-                _check_dtype(param, where)
+                check_dtype(param, where)
         if len({id(param) for param in tensors}) < len(tensors):
             raise ValueError(
                 f"{type(self).__name__}: group {len(self.param_groups)} names a parameter twice; wanted each one once "
                 "(a tied weight is one parameter)"
             )
 
-    def _settle(self, group: dict[str, Any], param: Tensor) -> None:
-        """Makes sure that the state of a parameter exists and is where the parameter wants it."""
-        state = self.state[param]
-        if not state:
-            encoded = param.numel() >= group["min_8bit_size"]
-            self._place(param, {"step": 0}, _layout(param, group["block_size"], encoded=encoded))
-        elif state["exp_avg"].shape != param.shape:
-            raise ValueError(
-                f"{type(self).__name__}: a parameter has the shape {tuple(param.shape)}, its state "
-                f"{tuple(state['exp_avg'].shape)}; wanted the shape it had at its first step"
-            )
-        elif not self._is_home(param):
-            self._come_home()
-            self._place(param, dict(state))
+    def _check_gradient(self, index: int, position: int, param: Tensor) -> None:
+        """Raises if a parameter has changed to a dtype not offered, or its gradient is sparse."""
+        assert param.grad is not None
+        if param.dtype in DTYPES and param.grad.layout == torch.strided:
+            return
+        where = f"parameter {position} of group {index}, shape {tuple(param.shape)}"
+        check_dtype(param, where)
+        raise ValueError(
+            f"{type(self).__name__}: the gradient of {where} is {param.grad.layout}; wanted a dense one. "
+            "Build the embedding with sparse=False, or give it torch.optim.SparseAdam"
+        )
 
-    def _place(self, param: Tensor, entry: Mapping[str, Any], layout: Layout | None = None) -> None:
-        """Gives a parameter a state of its own: zeros by a layout, or a bitwise copy of the entry's tensors."""
-        values = {name: value for name, value in entry.items() if name != "step"}
-        layout = layout or {name: (value.shape, value.dtype) for name, value in values.items()}
-        tensors = self._allocate(param, layout)
-        for name, tensor in tensors.items():
-            if name in values:
-                tensor.copy_(values[name])
-            elif name == "exp_avg" and tensor.dtype == torch.uint8:
-                tensor.fill_(SIGNED_ZERO_CODE)
-        self.state[param] = {"step": int(entry["step"]), **{name: tensors[name] for name in layout}}
+    def _settle(self, work: list[tuple[dict[str, Any], Tensor]]) -> None:
+        """Makes sure that the state of each parameter exists and is where the parameter wants it."""
+        homeless: list[tuple[Tensor, Mapping[str, Any], Layout]] = []
+        for group, param in work:
+            state = self.state[param]
+            if not state:
+                encoded = param.numel() >= group["min_8bit_size"]
+                homeless.append((param, {"step": 0}, moments.layout(param, group["block_size"], encoded=encoded)))
+            elif state["exp_avg"].shape != param.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: a parameter has the shape {tuple(param.shape)}, its state "
+                    f"{tuple(state['exp_avg'].shape)}; wanted the shape it had at its first step"
+                )
+            elif not self._is_home(param):
+                homeless.append((param, dict(state), layout_of(state)))
+        if homeless:
+            self._come_home()
+            self._place(homeless)
+
+    def _place(self, entries: list[tuple[Tensor, Mapping[str, Any], Layout]]) -> None:
+        """Gives parameters states of their own: bitwise copies of the entries' tensors, zeros where they have none."""
+        homes = self._allocate([(param, layout) for param, _, layout in entries])
+        for (param, entry, layout), tensors in zip(entries, homes, strict=True):
+            for name in layout:
+                if name in entry:
+                    tensors[name].copy_(entry[name])
+                elif name == "exp_avg" and tensors[name].dtype == torch.uint8:
+                    tensors[name].fill_(SIGNED_ZERO_CODE)
+            self.state[param] = {"step": int(entry["step"]), **{name: tensors[name] for name in layout}}
 
     @abstractmethod
-    def _allocate(self, param: Tensor, layout: Layout) -> dict[str, Tensor]:
-        """Returns zeros for the state of a parameter, in the home of its state."""
+    def _allocate(self, wanted: list[tuple[Tensor, Layout]]) -> list[dict[str, Tensor]]:
+        """Returns zeros for the state of each parameter, in the home of its state."""
 
     @abstractmethod
     def _is_home(self, param: Tensor) -> bool:
@@ -235,23 +262,23 @@ class AdamW8bit(_EncodedAdamW):
         (0.9, torch.uint8)
     """
 
-    def _allocate(self, param: Tensor, layout: Layout) -> dict[str, Tensor]:
-        return _resident(param, layout)
+    def _allocate(self, wanted: list[tuple[Tensor, Layout]]) -> list[dict[str, Tensor]]:
+        return [resident(param, layout) for param, layout in wanted]
 
     def _is_home(self, param: Tensor) -> bool:
         return self.state[param]["exp_avg"].device == param.device
 
     def _update(self, work: list[_Work]) -> None:
-        for item in work:
-            item.update_resident()
+        _advance([item.part(item.state) for item in work], self.grad_scale)
 
 
 class PagedAdamW8bit(_EncodedAdamW):
     """AdamW8bit whose state lives in host memory and visits the device during the step; the same bits come out.
 
-    The host memory is pinned if the parameter is on a CUDA device. At most three chunks of about a million elements are
-    on the device at a time, and none between steps. Read `optimizer.state` directly only after `state_dict()`, which
-    waits for the last copies.
+    The host memory is pinned if the parameter is on a CUDA device. Tensors of one device and dtype that have their first
+    step together share pieces of up to 8 million elements, each copied as a whole; larger ones are cut into such pieces. At
+    most three pieces are on the device at a time, 50 MB, and none between steps. Read `optimizer.state` directly only
+    after `state_dict()`, which waits for the last copies.
 
     Args:
         page_above: tensors with more elements than this are paged, the others are resident. 0 pages every tensor.
@@ -286,19 +313,19 @@ class PagedAdamW8bit(_EncodedAdamW):
         if not isinstance(page_above, int) or page_above < 0:
             raise ValueError(f"PagedAdamW8bit: page_above is {page_above!r}; wanted a number of elements, 0 or more")
         self.page_above = page_above
-        self._buffers: dict[Tensor, PagedBuffer] = {}
+        self._pages: dict[Tensor, _Page] = {}
         self._pagers: dict[torch.device, Pager] = {}
         super().__init__(params, lr, betas, eps, weight_decay, block_size=block_size, min_8bit_size=min_8bit_size)
 
     @property
     def paged_bytes(self) -> int:
         """The bytes of state whose home is host memory; 0 before the first step."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(value.nbytes for page in self._pages.values() for value in page.tensors().values())
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what AdamW8bit returns, the paged tensors copied: torch.save takes no two dtypes out of one memory."""
         state = super().state_dict()
-        paged = {id(tensor) for buffer in self._buffers.values() for tensor in buffer.tensors.values()}
+        paged = {id(tensor) for page in self._pages.values() for tensor in page.tensors().values()}
         for index, entry in state["state"].items():
             state["state"][index] = {key: value.clone() if id(value) in paged else value for key, value in entry.items()}
         return state
@@ -306,50 +333,101 @@ class PagedAdamW8bit(_EncodedAdamW):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "page_above": self.page_above}
 
-    def _allocate(self, param: Tensor, layout: Layout) -> dict[str, Tensor]:
-        if param.numel() <= self.page_above:
-            return _resident(param, layout)
-        self._buffers[param] = PagedBuffer(layout, param.device)
-        return self._buffers[param].tensors
+    def _allocate(self, wanted: list[tuple[Tensor, Layout]]) -> list[dict[str, Tensor]]:
+        # What shares a buffer is stepped in one launch.
+        runs: list[list[tuple[Tensor, Layout]]] = []
+        open_runs: dict[Any, tuple[list[tuple[Tensor, Layout]], int]] = {}
+        for param, layout in wanted:
+            self._pages.pop(param, None)
+            if param.numel() > self.page_above:
+                kind = (param.device, param.dtype, "exp_avg_absmax" in layout)
+                run, size = open_runs.get(kind, ([], CHUNK))
+                if size + param.numel() > CHUNK:
+                    run, size = [], 0
+                    runs.append(run)
+                run.append((param, layout))
+                open_runs[kind] = (run, size + param.numel())
+        for run in runs:
+            layout = {f"{number}.{name}": value for number, (_, of) in enumerate(run) for name, value in of.items()}
+            buffer = PagedBuffer(layout, run[0][0].device)
+            self._pages |= {param: _Page(buffer, number, tuple(of)) for number, (param, of) in enumerate(run)}
+        return [self._pages[param].tensors() if param in self._pages else resident(param, layout) for param, layout in wanted]
 
     def _is_home(self, param: Tensor) -> bool:
-        buffer = self._buffers.get(param)
-        return (self.state[param]["exp_avg"] if buffer is None else buffer).device == param.device
+        page = self._pages.get(param)
+        return (self.state[param]["exp_avg"] if page is None else page.buffer).device == param.device
 
     def _update(self, work: list[_Work]) -> None:
-        paged: dict[torch.device, list[_Work]] = {}
+        _advance([item.part(item.state) for item in work if item.key not in self._pages], self.grad_scale)
+        paged: dict[torch.device, dict[int, list[_Work]]] = {}
         for item in work:
-            if item.key in self._buffers:
-                paged.setdefault(item.key.device, []).append(item)
-            else:
-                item.update_resident()
-        for device, items in paged.items():
-            self._update_paged(device, items)
+            if item.key in self._pages:
+                buffers = paged.setdefault(item.key.device, {})
+                buffers.setdefault(id(self._pages[item.key].buffer), []).append(item)
+        for device, buffers in paged.items():
+            self._update_paged(device, list(buffers.values()))
 
-    def _update_paged(self, device: torch.device, items: list[_Work]) -> None:
-        chunks = [(item, start, stop) for item in items for start, stop in item.chunks()]
-        pieces = []
-        for item, start, stop in chunks:
-            whole = stop - start == item.param.numel()
-            pieces.append(Piece(self._buffers[item.key], None if whole else item.ranges(start, stop)))
+    def _update_paged(self, device: torch.device, shared: list[list[_Work]]) -> None:
+        """Steps the items of one device, given by the buffer that they share."""
+        pieces: list[Piece] = []
+        work: list[tuple[list[_Work], tuple[int, int] | None]] = []  # of each piece, and which elements if not all
+        for items in shared:
+            page = self._pages[items[0].key]
+            chunks = list(items[0].chunks())
+            if len(items) > 1 or len(chunks) < 2:
+                pieces.append(Piece(page.buffer))
+                work.append((items, None))
+                continue
+            for start, stop in chunks:
+                ranges = {page.key(name): part for name, part in items[0].ranges(start, stop).items()}
+                pieces.append(Piece(page.buffer, ranges))
+                work.append((items, (start, stop)))
         if device not in self._pagers:
             self._pagers[device] = Pager(device)
-        for index, state in self._pagers[device].visits(pieces):
-            item, start, stop = chunks[index]
-            item.update(start, stop, state)
+        for index, tensors in self._pagers[device].visits(pieces):
+            items, elements = work[index]
+            _advance([item.part(self._pages[item.key].tensors(tensors), elements) for item in items], self.grad_scale)
 
     def _come_home(self) -> None:
         for pager in self.__dict__.get("_pagers", {}).values():
             pager.synchronize()
 
     def _forget(self) -> None:
-        self._buffers = {}
+        self._pages = {}
         self._pagers = {}
 
 
 @dataclass(frozen=True)
+class _Page:
+    """Where the state of a parameter is in a buffer that it may share with others: its number there, and its names."""
+
+    buffer: PagedBuffer
+    number: int
+    names: tuple[str, ...]
+
+    def key(self, name: str) -> str:
+        """Returns what the buffer calls a tensor."""
+        return f"{self.number}.{name}"
+
+    def tensors(self, visitors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Returns the state by its names: on the host, or among the tensors of a visit."""
+        found = self.buffer.tensors if visitors is None else visitors
+        return {name: found[self.key(name)] for name in self.names}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some consecutive elements of one parameter and of its gradient, contiguous, with their state."""
+
+    param: Tensor
+    grad: Tensor
+    state: Mapping[str, Any]
+    work: _Work
+
+
+@dataclass(frozen=True)
 class _Work:
-    """One parameter's step: the parameter and its gradient seen flat (copied if not contiguous), and the numbers."""
+    """One parameter's step: the parameter and its gradient (copies where they are not contiguous), and the numbers."""
 
     key: Tensor
     param: Tensor
@@ -365,7 +443,7 @@ class _Work:
         beta1, beta2 = group["betas"]
         rule = AdamWRule(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], state["step"])
         assert param.grad is not None
-        return cls(param, param.reshape(-1), param.grad.reshape(-1), state, rule, group["block_size"])
+        return cls(param, param.contiguous(), param.grad.contiguous(), state, rule, group["block_size"])
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Yields (start, stop) of runs of whole blocks."""
@@ -379,24 +457,34 @@ class _Work:
         names = [name for name in self.state if name != "step"]
         return {name: blocks if name.endswith("_absmax") else (start, stop) for name in names}
 
-    def update(self, start: int, stop: int, state: Mapping[str, Tensor]) -> None:
-        """Steps elements start to stop, whose state is given as flat tensors."""
-        param, grad = self.param[start:stop], self.grad[start:stop]
-        if "exp_avg_absmax" in state:
-            adamw_8bit_step(param, grad, **state, rule=self.rule, block_size=self.block_size)
-        else:
-            adamw_step(param, grad, **state, rule=self.rule)
-
-    def update_resident(self) -> None:
-        """Steps all elements with the state that is on the device."""
-        for start, stop in self.chunks():
-            ranges = self.ranges(start, stop)
-            self.update(start, stop, {name: self.state[name].view(-1)[slice(*ranges[name])] for name in ranges})
+    def part(self, state: Mapping[str, Any], elements: tuple[int, int] | None = None) -> _Part:
+        """Returns elements start to stop, or all, with their state."""
+        if elements is None:
+            return _Part(self.param, self.grad, state, self)
+        return _Part(self.param.view(-1)[slice(*elements)], self.grad.view(-1)[slice(*elements)], state, self)
 
     def finish(self) -> None:
-        """Writes the parameter back if it could not be seen flat in its own memory."""
-        if self.param.data_ptr() != self.key.data_ptr():
-            self.key.copy_(self.param.view(self.key.shape))
+        """Writes the parameter back if it is a copy."""
+        if self.param is not self.key:
+            self.key.copy_(self.param)
+
+
+def _advance(parts: list[_Part], grad_scale: Tensor | None) -> None:
+    """Steps the parts, by one call of an op for those of one device, both dtypes, and block size (0: float32 moments)."""
+    alike: dict[tuple[torch.device, torch.dtype, torch.dtype, int], list[_Part]] = {}
+    for part in parts:
+        block_size = part.work.block_size if "exp_avg_absmax" in part.state else 0
+        alike.setdefault((part.param.device, part.param.dtype, part.grad.dtype, block_size), []).append(part)
+    for (device, _, _, block_size), some in alike.items():
+        tensors = [[part.param for part in some], [part.grad for part in some]]
+        names = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")[: 4 if block_size else 2]
+        tensors += [[part.state[name] for part in some] for name in names]
+        rules = flattened([part.work.rule for part in some])
+        scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
+        if block_size:
+            torch.ops.qlite.adamw_8bit_(*tensors, rules, scale, block_size)
+        else:
+            torch.ops.qlite.adamw_(*tensors, rules, scale)
 
 
 class _Held:
@@ -404,66 +492,3 @@ class _Held:
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state = state
-
-
-def _layout(param: Tensor, block_size: int, *, encoded: bool) -> Layout:
-    """Returns what the state of a parameter looks like, apart from its step."""
-    shape = tuple(param.shape)
-    if not encoded:
-        return {"exp_avg": (shape, torch.float32), "exp_avg_sq": (shape, torch.float32)}
-    blocks = (-(-param.numel() // block_size),)
-    return {
-        "exp_avg": (shape, torch.uint8),
-        "exp_avg_absmax": (blocks, torch.float32),
-        "exp_avg_sq": (shape, torch.uint8),
-        "exp_avg_sq_absmax": (blocks, torch.float32),
-    }
-
-
-def _resident(param: Tensor, layout: Layout) -> dict[str, Tensor]:
-    return {name: torch.zeros(shape, dtype=dtype, device=param.device) for name, (shape, dtype) in layout.items()}
-
-
-def _check_dtype(param: Tensor, where: str) -> None:
-    if param.dtype not in DTYPES:
-        raise TypeError(
-            f"8-bit AdamW: {where}, is {param.dtype}; wanted float32, bfloat16 or float16. Use torch.optim.AdamW for it"
-        )
-
-
-def _check_settings(group: Mapping[str, Any], who: str) -> None:
-    """Raises ValueError for a setting that is missing or out of range."""
-    missing = [name for name in SETTINGS if name not in group]
-    if missing:
-        raise ValueError(f"{who}: a group has no {', '.join(missing)}; wanted the state of AdamW8bit or PagedAdamW8bit")
-    for name in ("lr", "eps", "weight_decay"):
-        value = group[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ValueError(f"{who}: {name} is {value!r}; wanted a finite number, 0 or more")
-    betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"{who}: betas are {betas!r}; wanted two numbers, 0 <= beta < 1")
-    for name, least in (("block_size", 1), ("min_8bit_size", 0)):
-        value = group[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{who}: {name} is {value!r}; wanted a whole number, {least} or more")
-
-
-def _check_state(param: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any]) -> None:
-    """Raises ValueError for a loaded state that does not fit its parameter."""
-    encoded = "exp_avg_absmax" in entry
-    layout = _layout(param, group["block_size"], encoded=encoded)
-    if set(entry) != {"step", *layout}:
-        raise ValueError(
-            f"8-bit AdamW: a loaded state holds {sorted(entry)}; wanted {sorted(['step', *layout])}, as AdamW8bit or "
-            "PagedAdamW8bit saves them"
-        )
-    for name, (shape, dtype) in layout.items():
-        value = entry[name]
-        if tuple(value.shape) != shape or value.dtype != dtype:
-            raise ValueError(
-                f"8-bit AdamW: the loaded {name} of a parameter of shape {tuple(param.shape)} is {value.dtype} "
-                f"{tuple(value.shape)}; wanted {dtype} {shape}"
-            )
-    if int(entry["step"]) < 0:
-        raise ValueError(f"8-bit AdamW: the loaded step is {entry['step']}; wanted 0 or more")

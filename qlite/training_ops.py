@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlite import dropout, rotary
-from qlite.operators import declare, differentiate, keep, kernels, on_cuda
+from qlite import adamw_8bit, dropout, rotary
+from qlite.operators import declare, differentiate, keep, kernels, mark_changed, on_cuda
 
 # Dropout by seed and position: linear in x, and its own gradient.
 
@@ -59,3 +59,31 @@ def _rotary_jvp(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 rotate = differentiate("rotary", lambda ctx, inputs, output: keep(ctx, *inputs[1:]), _rotary_backward, _rotary_jvp)
+
+
+# AdamW, in place, over lists of contiguous tensors of one device and, for the kernels, one dtype; `rules` are flattened.
+
+
+def _adamw_8bit_cuda(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, rules, grad_scale, block_size):
+    moments = (exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
+    module = kernels("adamw_8bit", params[0].device)
+    # What a program's registers do not hold is stepped by the reference, on the GPU too.
+    step = module.step_encoded if block_size <= module.LONGEST_BLOCK else adamw_8bit.step_encoded
+    step(params, grads, *moments, rules, grad_scale, block_size)
+    mark_changed(params, *moments)
+
+
+def _adamw_cuda(params, grads, exp_avg, exp_avg_sq, rules, grad_scale) -> None:
+    kernels("adamw_8bit", params[0].device).step_plain(params, grads, exp_avg, exp_avg_sq, rules, grad_scale)
+    mark_changed(params, exp_avg, exp_avg_sq)
+
+
+_STEPPED = "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq"
+_ABSMAX = "Tensor(d!)[] exp_avg_absmax, Tensor(e!)[] exp_avg_sq_absmax"
+declare(
+    f"adamw_8bit_({_STEPPED}, {_ABSMAX}, float[] rules, Tensor? grad_scale, int block_size) -> ()",
+    adamw_8bit.step_encoded, lambda *_: None,
+)  # fmt: skip
+declare(f"adamw_({_STEPPED}, float[] rules, Tensor? grad_scale) -> ()", adamw_8bit.step_plain, lambda *_: None)
+on_cuda("adamw_8bit_", _adamw_8bit_cuda)
+on_cuda("adamw_", _adamw_cuda)

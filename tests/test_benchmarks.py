@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import qlite
-from benchmarks import chip, common, instructions, linear_int8, linear_nf4, nf4_codec, roof_plot
+from benchmarks import adamw_8bit, chip, common, instructions, linear_int8, linear_nf4, nf4_codec, roof_plot
 from qlite import nf4, ops
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -109,6 +109,21 @@ def test_a_row_is_bound_by_memory_and_a_thousand_by_arithmetic():
     assert one == pytest.approx(bytes_moved / 4e12 * 1e6, rel=1e-6)
     assert linear_nf4.floor_us(1024, *UP, bandwidth=4e12, peak=8e14) == pytest.approx(2 * 1024 * WEIGHTS / 8e14 * 1e6)
     assert linear_nf4.floor_us(1024, *UP, bandwidth=1e10, peak=8e14) > 4000  # and by memory again where that is slow
+
+
+@pytest.mark.parametrize(("dtype", "nbytes"), [(torch.float32, 16.0625), (torch.bfloat16, 10.0625)])
+def test_a_step_of_adamw_moves_the_bytes_of_its_tensors(dtype, nbytes):
+    (param,) = adamw_8bit.parameters([(4096, 16)], dtype, "cpu")
+    optimizer = qlite.AdamW8bit([param])
+    optimizer.step()
+    state = sum(value.nbytes for value in optimizer.state[param].values() if torch.is_tensor(value))
+    assert adamw_8bit.step_bytes(dtype) == nbytes == (2 * param.nbytes + param.grad.nbytes + 2 * state) / param.numel()
+
+
+def test_the_table_of_adamw_shows_ratios_and_leaves_out_what_failed():
+    line = {"job": "lora", "optimizer": "qlite", "dtype": "float32", "elements": 8, "floor_us": 20.0}
+    lines = adamw_8bit.shown([{**line, "gpu_us": 30.0, "wall_us": 50.0}, {**line, "optimizer": "other"}]).splitlines()
+    assert lines[1].split()[-4:] == ["30.0", "1.50", "50.0", "2.50"] and lines[2].split()[-4:] == ["-"] * 4
 
 
 def test_a_codec_is_bound_by_its_bytes():

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qlite
 from qlite import int8, nf4, ops
+from qlite.adamw_8bit import AdamWRule, flattened
 from qlite.nf4 import NF4_LEVELS
 from tests.strategies import block_sizes, weights
 
@@ -53,6 +54,19 @@ def test_int8_ops_pass_opcheck():
     }.items():
         results = torch.library.opcheck(getattr(torch.ops.qlite, name).default, arguments)
         assert set(results.values()) == {"SUCCESS"}, (name, results)
+
+
+def test_adamw_ops_pass_opcheck():
+    n, rules = 300, flattened([AdamWRule(1e-3, 0.9, 0.999, 1e-8, 0.01, 1)] * 2)
+    params, grads, avg, sq = ([seeded(n).square(), seeded(n)] for _ in range(4))
+    codes = [[torch.full((n,), code, dtype=torch.uint8) for _ in range(2)] for code in (127, 0)]
+    absmax = [[torch.zeros(2) for _ in range(2)] for _ in range(2)]
+    for op, arguments in {
+        torch.ops.qlite.adamw_8bit_: (params, grads, *codes, *absmax, rules, torch.tensor(0.5), 256),
+        torch.ops.qlite.adamw_: (params, grads, avg, sq, rules, None),
+    }.items():
+        results = torch.library.opcheck(op.default, arguments)
+        assert set(results.values()) == {"SUCCESS"}, (op, results)
 
 
 @given(weights(dtypes=(torch.float32,), max_exponent=4), block_sizes, st.booleans(), st.booleans(), st.integers(0, 4))

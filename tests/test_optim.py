@@ -388,6 +388,7 @@ def test_the_length_of_the_chunks_changes_no_bit(kind, block_size, monkeypatch):
     whole = kind([Parameter(start.clone())], lr=LR, block_size=block_size)
     advance(whole, steps)
     monkeypatch.setattr(optim, "CHUNK", 1111)
+    monkeypatch.setattr(adamw_8bit, "CHUNK", 567)
     cut = kind([Parameter(start.clone())], lr=LR, block_size=block_size)
     advance(cut, steps)
     assert_same_bits(whole, cut)
@@ -451,6 +452,61 @@ def test_small_tensors_leave_alone_the_element_whose_gradient_is_not_finite(bad)
     assert bool((param.detach()[torch.arange(10) != 3] < 1).all())
 
 
+# The scale of the gradients.
+
+
+@both
+@pytest.mark.parametrize("dtype", optim.DTYPES)
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_scale_multiplies_every_gradient_in_float32(kind, dtype, shape):
+    scaled, plain = kind(several(dtype), lr=LR), kind(several(dtype), lr=LR)
+    scaled.grad_scale = torch.full(shape, 0.3)
+    for grads in gradients(3, *SHAPES):
+        advance(scaled, [[grad.to(dtype) for grad in grads]])
+        # The twin steps float32 copies by gradients that hold the products.
+        for param, grad in zip(plain.param_groups[0]["params"], grads, strict=True):
+            param.data, param.grad = param.data.float(), grad.to(dtype).float() * torch.tensor(0.3)
+        plain.step()
+        for param in plain.param_groups[0]["params"]:
+            param.data, param.grad = param.data.to(dtype), None
+    assert_same_bits(scaled, plain)
+
+
+@both
+def test_a_scale_that_is_not_finite_skips_the_step_and_the_next_goes_on(kind):
+    params = several()
+    optimizer, before = kind(params, lr=LR), [param.detach().clone() for param in params]
+    optimizer.grad_scale = torch.tensor(math.inf)
+    advance(optimizer, gradients(1, *SHAPES))
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    optimizer.grad_scale = None
+    advance(optimizer, gradients(1, *SHAPES))
+    assert all(not torch.equal(param, old) for param, old in zip(params, before, strict=True))
+
+
+@both
+def test_a_scale_is_no_part_of_what_is_saved(kind):
+    optimizer = kind(several(), lr=LR)
+    optimizer.grad_scale = torch.tensor(0.5)
+    advance(optimizer, gradients(1, *SHAPES))
+    assert not any("scale" in key for key in (*optimizer.state_dict(), *optimizer.state_dict()["param_groups"][0]))
+    assert pickle.loads(pickle.dumps(optimizer)).grad_scale is None
+
+
+@both
+@pytest.mark.parametrize(
+    ("scale", "error"),
+    [(0.5, TypeError), (torch.tensor(0.5, dtype=torch.float64), TypeError), (torch.ones(2), ValueError)],
+)
+def test_a_scale_of_another_kind_is_refused_before_anything_changes(kind, scale, error):
+    params = several()
+    optimizer, before = kind(params, lr=LR), [param.detach().clone() for param in params]
+    optimizer.grad_scale = scale
+    with pytest.raises(error, match="grad_scale"):
+        advance(optimizer, gradients(1, *SHAPES))
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True)) and not optimizer.state
+
+
 # State: its size, its home, and its way to disk and back.
 
 
@@ -504,6 +560,52 @@ def test_paged_state_gives_the_bits_of_resident_state_wherever_the_pages_are_cut
         advance(paged, gradients(3, *SHAPES, seed=seed))
     advance(resident, gradients(3, *SHAPES, seed=seed))
     assert_same_bits(resident, paged)
+
+
+def counted(monkeypatch) -> list[int]:
+    """For each piece that visits from now on the number of copies one way, in order."""
+    found, copies = [], paging._Slot.copies
+    monkeypatch.setattr(paging._Slot, "copies", lambda *arguments: found.append(len(copies(*arguments))) or copies(*arguments))
+    return found
+
+
+def test_small_tensors_share_a_piece_that_is_one_copy_each_way_and_one_call(monkeypatch):
+    params = [Parameter(torch.ones(shape)) for shape in ((16, 454), (467, 16)) * 32]
+    optimizer, calls = PagedAdamW8bit(params, lr=LR), []
+    step = torch.ops.qlite.adamw_8bit_
+    monkeypatch.setattr(torch.ops.qlite, "adamw_8bit_", lambda *lists: calls.append(len(lists[0])) or step(*lists))
+    copies = counted(monkeypatch)
+    advance(optimizer, gradients(1, *[param.shape for param in params]))
+    assert copies == [1, 1] and calls == [64]
+
+
+def test_a_large_tensor_is_cut_and_small_ones_fill_pieces_to_the_size_of_a_cut(monkeypatch):
+    monkeypatch.setattr(optim, "CHUNK", 2048)
+    params = [Parameter(torch.ones(size)) for size in (1024, 5000, 1024, 256, 1792)]
+    optimizer, copies = PagedAdamW8bit(params, lr=LR, min_8bit_size=0), counted(monkeypatch)
+    advance(optimizer, gradients(1, *[param.shape for param in params]))
+    # 1024; 5000 in three cuts, of four tensors each; 1024 and 256; 1792. To the device and back.
+    assert sorted(copies) == sorted(2 * [1, 4, 4, 4, 1, 1])
+
+
+def test_a_parameter_that_shares_a_piece_may_miss_steps_come_later_or_be_taken_back():
+    def run(kind):
+        params = [Parameter(torch.ones(5000)) for _ in range(4)]
+        optimizer = kind(params[:3], lr=LR)
+        for step, (grad,) in enumerate(gradients(6, (5000,))):
+            if step == 3:
+                optimizer.add_param_group({"params": params[3:], "lr": 0.1})
+            for place, param in enumerate(params):
+                param.grad = grad * (place + 1) if (step + place) % 3 else None
+            optimizer.step()
+            if step == 4:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return optimizer
+
+    resident, paged = run(AdamW8bit), run(PagedAdamW8bit)
+    assert_same_bits(resident, paged)
+    assert len({entry["step"] for entry in resident.state_dict()["state"].values()}) > 1
+    assert paged.paged_bytes == 4 * (2 * 5000 + 8 * 20)
 
 
 def to_disk_and_back(state: dict, folder) -> dict:
@@ -805,7 +907,7 @@ def test_on_cuda_the_bits_are_those_of_the_cpu(kind, dtype):
 @needs_cuda
 @pytest.mark.parametrize("chunk", [1024, 2**20])
 def test_on_cuda_random_delays_leave_paged_state_equal_to_resident_state(chunk, monkeypatch):
-    chance, copied, stepped = random.Random(0), paging._Lane.copy, optim.adamw_8bit_step
+    chance, copied, stepped = random.Random(0), paging._Lane.copy, optim._advance
 
     def delay():
         torch.cuda._sleep(chance.choice((0, 0, 100_000, 1_000_000)))
@@ -815,16 +917,16 @@ def test_on_cuda_random_delays_leave_paged_state_equal_to_resident_state(chunk, 
             delay()
         copied(lane, target, source)
 
-    def slow_step(*args, **options):
+    def slow_step(*args):
         delay()
-        stepped(*args, **options)
+        stepped(*args)
 
     resident, paged = AdamW8bit(several(device="cuda"), lr=LR), PagedAdamW8bit(several(device="cuda"), lr=LR)
     advance(resident, gradients(8, *SHAPES))
     with monkeypatch.context() as patch:
         patch.setattr(optim, "CHUNK", chunk)
         patch.setattr(paging._Lane, "copy", slow_copy)
-        patch.setattr(optim, "adamw_8bit_step", slow_step)
+        patch.setattr(optim, "_advance", slow_step)
         advance(paged, gradients(8, *SHAPES))
         assert_same_bits(resident, paged)
 
@@ -858,8 +960,39 @@ def test_on_cuda_no_state_stays_on_the_device_between_steps():
     before = torch.cuda.memory_allocated()
     optimizer.step()
     torch.cuda.synchronize()
-    # The parameter, its gradient, and the two tables of levels, which are kept.
-    assert torch.cuda.memory_allocated() == before <= start + 2 * 4 * 2**22 + 2 * 1024
+    # The parameter, its gradient, and the kernel's look-up table, which is kept: 512 levels and 65,536 cells.
+    assert torch.cuda.memory_allocated() == before <= start + 2 * 4 * 2**22 + 4 * (512 + 65536)
+
+
+@needs_cuda
+@pytest.mark.parametrize("pieces", [2, 6])
+def test_on_cuda_paged_state_takes_three_pieces_of_the_device_however_much_there_is(pieces, monkeypatch):
+    monkeypatch.setattr(optim, "CHUNK", 2**20)
+    param = Parameter(torch.zeros(pieces * 2**20, device="cuda"))
+    param.grad = torch.ones_like(param)
+    optimizer = PagedAdamW8bit([param])
+    optimizer.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimizer.step()
+    # A piece: 2 bytes an element and 8 a block. The table of addresses takes 512 bytes, the least that PyTorch hands out.
+    piece = 2 * 2**20 + 8 * 2**12
+    assert torch.cuda.max_memory_allocated() - before <= min(pieces, paging.SLOTS) * piece + 4 * 512
+
+
+@needs_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_on_cuda_a_step_with_paged_state_does_not_wait_for_the_device():
+    optimizer = PagedAdamW8bit(several(device="cuda"))
+    optimizer.grad_scale = torch.tensor(0.5, device="cuda")
+    advance(optimizer, gradients(2, *SHAPES))
+    mode = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode("error")  # waiting raises
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @needs_cuda

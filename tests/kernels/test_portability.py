@@ -192,6 +192,26 @@ def int8_one_row(words=True, **rest):
     return int8("linear_int8", "_one_row_kernel", signature, cut, words, warps=tile.warps, **rest)
 
 
+def adamw(param="*fp32", grad=None, scale=False, warps=1, **rest):
+    budget, loop = rest.pop("budget", None), rest.pop("loop", False)
+    signature = {"table_ptr": "*i64", "lookup_ptr": "*i32", "param_ptr": param, "grad_ptr": grad or param, "scale_ptr": "*fp32"}
+    signature |= {"tensors": "i32", "share": "i32", "smallest": "fp32"}
+    constants = {"BLOCK": 256, "WIDTH": 256, "TILE": 256, "ALIGNED": True, "ROUND_BFLOAT16": False, "share": 1, **rest}
+    constants |= {} if scale else {"scale_ptr": None}
+    constants = {name: value for name, value in constants.items() if value != "of the launch"}
+    aligned = ("table_ptr", "lookup_ptr", *(("scale_ptr",) if scale else ()))
+    options = {"num_warps": warps}
+    return Variant(
+        "adamw_8bit", "_encoded_kernel", signature, constants, aligned, options, per_thread=8, budget=budget, loop=loop
+    )
+
+
+def plain_adamw(param="*fp32", scale=False, **rest):
+    signature = {"table_ptr": "*i64", "param_ptr": param, "grad_ptr": param, "scale_ptr": "*fp32", "tensors": "i32"}
+    constants = {"TILE": 1024, "ROUND_BFLOAT16": False, **({} if scale else {"scale_ptr": None})}
+    return Variant("adamw_8bit", "_plain_kernel", signature, constants, ("table_ptr",), per_thread=8, **rest)
+
+
 SIZES = dict.fromkeys(("rows", "out_features", "in_features"), "i32")
 ENCODE = {"x_ptr": "*fp16", "codes_ptr": "*i8", "absmax_ptr": "*fp32", "columns": "i32", "row_stride": "i32"}
 JOIN = {
@@ -292,6 +312,16 @@ VARIANTS = {
     "int8, many rows of any length": int8_many_rows((9, 0), False, capabilities=TENSOR_CORES),
     "int8, many rows": int8_many_rows((9, 0), True, capabilities=(90,)),
     "int8, some hundred rows": int8_many_rows((9, 0), True, 256, capabilities=(90,)),
+    # With the search for the row. Of a program that steps several tiles, the first with all that is prepared once.
+    "adamw": adamw(budget=94.6),
+    "adamw, bfloat16": adamw("*bf16", budget=97.7),
+    "adamw, float32 of a bfloat16 gradient, scaled": adamw("*fp32", "*bf16", scale=True),
+    "adamw, 8 tiles a program": adamw(share="of the launch", budget=106.3),
+    "adamw of float16, unaligned": adamw("*fp16", ALIGNED=False),
+    "adamw, blocks of 4096": adamw(BLOCK=4096, WIDTH=4096, TILE=4096, warps=16),
+    "adamw, blocks of 100": adamw(BLOCK=100, WIDTH=128, ALIGNED=False),
+    "adamw, float32 moments": plain_adamw(),
+    "adamw, float32 moments, bfloat16, scaled": plain_adamw("*bf16", scale=True),
 }  # fmt: skip
 UNFIT = {
     "fifteen loads": Variant(
@@ -417,6 +447,16 @@ def test_encoding_moves_whole_lines_and_waits_for_no_other_thread(codes):
     lines = codes["quantize", 90].straight()
     assert sum("LDG.E.128" in line for line in lines) == 4
     assert not aot.count(lines).keys() & {"BAR", "LDS", "STS"}
+
+
+@pytest.mark.parametrize(("name", "loads"), [("adamw", 4), ("adamw, bfloat16", 0)])
+def test_a_step_of_adamw_moves_whole_lines_and_waits_for_no_other_thread(codes, name, loads):
+    lines = codes[name, 90].straight()
+    assert sum("LDG.E.128" in line for line in lines) == loads
+    # A thread's 8 elements, 4 at a time: 2 stores each of the parameter and both codes, and both absmax of each chunk.
+    found = aot.count(lines)
+    assert found["STG"] <= 10 and not found.keys() & {"BAR", "LDS", "STS"}
+    assert not any(opcode in found for opcode in ("DADD", "DMUL", "DFMA", "DSETP", "F2F"))
 
 
 @pytest.mark.parametrize("name", ["int8, many rows of any length", "int8, many rows", "int8, some hundred rows"])
