@@ -113,7 +113,8 @@ class _EncodedAdamW(Optimizer, ABC):
                     work.append((group, param))
         # All state is allocated before the first parameter changes: running out of memory there loses nothing.
         self._settle(work)
-        items = [_Work.of(group, param, self.state[param]) for group, param in work]
+        rules: dict[tuple[int, int], AdamWRule] = {}  # most parameters have one in common
+        items = [_Work.of(group, param, self.state[param], rules) for group, param in work]
         self._update(items)
         for item in items:
             item.finish()
@@ -437,13 +438,15 @@ class _Work:
     block_size: int
 
     @classmethod
-    def of(cls, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> _Work:
-        """Returns the work for a parameter, and counts its step."""
+    def of(cls, group: dict[str, Any], param: Tensor, state: dict[str, Any], rules: dict[tuple[int, int], AdamWRule]) -> _Work:
+        """Returns the work for a parameter, and counts its step; `rules` holds those made so far, by group and step."""
         state["step"] += 1
-        beta1, beta2 = group["betas"]
-        rule = AdamWRule(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], state["step"])
+        which = (id(group), state["step"])
+        if which not in rules:
+            beta1, beta2 = group["betas"]
+            rules[which] = AdamWRule(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], state["step"])
         assert param.grad is not None
-        return cls(param, param.contiguous(), param.grad.contiguous(), state, rule, group["block_size"])
+        return cls(param, param.contiguous(), param.grad.contiguous(), state, rules[which], group["block_size"])
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Yields (start, stop) of runs of whole blocks."""

@@ -37,7 +37,7 @@ from qlite.kernels.int8_codec import to_output
 from qlite.kernels.nf4_codec import _reciprocal, _scattered
 
 #: Elements of a tile of encoded moments, for each of its warps (a longer block takes more warps), and of float32 moments.
-#: 256 take 90 registers a thread, 512 take 200 and half the warps, for as many instructions an element.
+#: 256 take 108 registers a thread; 512 would take 205 and leave half the warps, for no fewer instructions.
 TILE, PLAIN_TILE = 256, 1024
 #: From so many elements on a program steps 8 tiles: the GPU starts programs at a limited rate, and each looks its row up.
 #: Fewer elements would not fill it so.
@@ -83,7 +83,7 @@ def _wrapped(bits: Tensor) -> Tensor:
 @functools.cache
 def _lookup(device: torch.device) -> Tensor:
     """Returns the look-up table on a device; always the same tensor, as a copy from the host would wait."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         levels = [dynamic_levels(signed).view(torch.int32) for signed in (True, False)]
         return torch.cat([*levels, cells(False), cells(True)]).to(device)
 
@@ -273,47 +273,47 @@ def _numbers(rules: Sequence[float]) -> list[tuple[float, ...]]:
     return found
 
 
-def _table(columns: Sequence[Sequence[Tensor]], rules: Sequence[float], step: int) -> tuple[Tensor | None, int]:
-    """Returns the table, on the device of the tensors, and how many programs of `step` elements are to be launched.
+def _table(
+    addresses: list[list[int]], counts: list[int], rules: Sequence[float], step: int, device: torch.device
+) -> tuple[Tensor | None, int]:
+    """Returns the table on the device, and how many programs of `step` elements are to be launched; None and 0 for nothing.
 
     The copy from pinned memory is asynchronous; PyTorch's allocator of pinned memory gives a block out again only when the
     copies out of it have ended.
 
     Args:
-        columns: params, grads, exp_avg, exp_avg_sq and, where they are encoded, the absmax of both: the order of a row.
+        addresses: of params, grads, exp_avg, exp_avg_sq and, where they are encoded, the absmax of both: the order of a row.
+        counts: elements of each parameter.
     """
-    params = columns[0]
-    addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
-    addresses += [[0] * len(params)] * (COUNT.value - len(columns))
-    counts = [param.numel() for param in params]
+    unused = [[0] * len(counts)] * (COUNT.value - len(addresses))
     firsts = list(itertools.accumulate((-(-count // step) for count in counts), initial=0))
     programs = firsts.pop()
-    rows = [row for row in zip(*addresses, counts, firsts, strict=True) if row[COUNT.value]]
-    if not rows:
+    if not programs:
         return None, 0
+    rows = [row for row in zip(*addresses, *unused, counts, firsts, strict=True) if row[COUNT.value]]
     numbers = [numbers for count, numbers in zip(counts, _numbers(rules), strict=True) if count]
-    on_host = torch.empty((len(rows), ROW.value), dtype=torch.int64, device="cpu", pin_memory=params[0].is_cuda)
+    on_host = torch.empty((len(rows), ROW.value), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     on_host[:, : NUMBERS.value // 2] = torch.tensor(rows, dtype=torch.int64, device="cpu")
     places = on_host.view(torch.float32)[:, NUMBERS.value : NUMBERS.value + 9]
     places.copy_(torch.tensor(numbers, dtype=torch.float32, device="cpu"))
-    return on_host.to(params[0].device, non_blocking=True), programs
+    return on_host.to(device, non_blocking=True), programs
 
 
-def _check(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> None:
+def _addresses(*columns: Sequence[Tensor]) -> list[list[int]]:
+    return [[tensor.data_ptr() for tensor in column] for column in columns]
+
+
+def _check(name: str, tensors: Sequence[Tensor], counts: list[int], dtype: torch.dtype, device: torch.device) -> None:
     """Raises ValueError where a kernel would take memory for something else than it is."""
-    for param, grad, *rest in zip(params, grads, *moments, strict=True):
-        if any(moment.dtype != dtype for moment in rest):
-            raise ValueError(f"AdamW on a GPU: moments are {[moment.dtype for moment in rest]}; wanted {dtype}")
-        if param.dtype != params[0].dtype or grad.dtype != grads[0].dtype:
-            raise ValueError("AdamW on a GPU: parameters, or gradients, of several dtypes in one call; wanted one dtype")
-        for tensor in (grad, *rest):
-            if tensor.numel() != param.numel() or tensor.device != param.device or not tensor.is_contiguous():
-                raise ValueError(
-                    f"AdamW on a GPU: beside a parameter of {param.numel()} elements on {param.device} a gradient or moment of "
-                    f"{tensor.numel()} on {tensor.device}, strides {tensor.stride()}; wanted as many, contiguous"
-                )
-        if not param.is_contiguous():
-            raise ValueError(f"AdamW on a GPU: a parameter has strides {param.stride()}; wanted a contiguous one")
+    found = {(tensor.dtype, tensor.device) for tensor in tensors}
+    if found != {(dtype, device)}:
+        raise ValueError(f"AdamW on a GPU: {name} are {sorted(map(str, found))}; wanted {dtype} on {device}, all in one call")
+    if list(map(Tensor.numel, tensors)) != counts:
+        raise ValueError(f"AdamW on a GPU: {name} have {[*map(Tensor.numel, tensors)]} elements; wanted {counts}")
+    if not all(map(Tensor.is_contiguous, tensors)):
+        raise ValueError(
+            f"AdamW on a GPU: {name} have strides {[tensor.stride() for tensor in tensors]}; wanted contiguous ones"
+        )
 
 
 def step_encoded(
@@ -337,26 +337,27 @@ def step_encoded(
         ValueError: tensors of several dtypes, sizes or devices, or not contiguous.
     """
     assert 1 <= block_size <= LONGEST_BLOCK
-    _check(params, grads, (exp_avg, exp_avg_sq), torch.uint8)
-    for param, *absmax in zip(params, exp_avg_absmax, exp_avg_sq_absmax, strict=True):
-        if any(each.dtype != torch.float32 or each.shape != (-(-param.numel() // block_size),) for each in absmax):
-            raise ValueError(
-                f"AdamW on a GPU: absmax of {[tuple(each.shape) for each in absmax]} for {param.numel()} elements in blocks of "
-                f"{block_size}; wanted float32, one a block"
-            )
+    device, counts = params[0].device, [param.numel() for param in params]
+    blocks = [-(-count // block_size) for count in counts]
+    _check("params", params, counts, params[0].dtype, device)
+    _check("grads", grads, counts, grads[0].dtype, device)
+    _check("exp_avg", exp_avg, counts, torch.uint8, device)
+    _check("exp_avg_sq", exp_avg_sq, counts, torch.uint8, device)
+    _check("exp_avg_absmax", exp_avg_absmax, blocks, torch.float32, device)
+    _check("exp_avg_sq_absmax", exp_avg_sq_absmax, blocks, torch.float32, device)
     width = max(4, triton.next_power_of_2(block_size))
     tile = max(TILE, width)
     step = tile // width * block_size
-    total = sum(param.numel() for param in params)
-    share = SHARE if total >= SHARED_FROM else 1
-    columns = (params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
-    table, programs = _table(columns, rules, share * step)
+    share = SHARE if sum(counts) >= SHARED_FROM else 1
+    addresses = _addresses(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
+    table, programs = _table(addresses, counts, rules, share * step, device)
     if table is None:
         return
-    columns_at = ((params, 16), (grads, 16), (exp_avg, 4), (exp_avg_sq, 4))
-    aligned = all(tensor.data_ptr() % nbytes == 0 for tensors, nbytes in columns_at for tensor in tensors)
+    # Of params and grads, and of codes: what four elements are loaded by at once.
+    aligned = not any(address % 16 for column in addresses[:2] for address in column)
+    aligned = aligned and not any(address % 4 for column in addresses[2:4] for address in column)
     _encoded_kernel[(programs,)](
-        table, _lookup(params[0].device), params[0], grads[0], grad_scale, table.shape[0], share, SMALLEST_DIVISOR,
+        table, _lookup(device), params[0], grads[0], grad_scale, table.shape[0], share, SMALLEST_DIVISOR,
         BLOCK=block_size, WIDTH=width, TILE=tile, ALIGNED=aligned,
         ROUND_BFLOAT16=params[0].dtype == torch.bfloat16 and not params[0].is_cuda,
         num_warps=tile // TILE, enable_fp_fusion=False,
@@ -372,8 +373,12 @@ def step_plain(
     grad_scale: Tensor | None,
 ) -> None:
     """Returns nothing; steps all tensors in one launch: see adamw_8bit.step_plain and `step_encoded`."""
-    _check(params, grads, (exp_avg, exp_avg_sq), torch.float32)
-    table, programs = _table((params, grads, exp_avg, exp_avg_sq), rules, PLAIN_TILE)
+    device, counts = params[0].device, [param.numel() for param in params]
+    _check("params", params, counts, params[0].dtype, device)
+    _check("grads", grads, counts, grads[0].dtype, device)
+    _check("exp_avg", exp_avg, counts, torch.float32, device)
+    _check("exp_avg_sq", exp_avg_sq, counts, torch.float32, device)
+    table, programs = _table(_addresses(params, grads, exp_avg, exp_avg_sq), counts, rules, PLAIN_TILE, device)
     if table is not None:
         _plain_kernel[(programs,)](
             table, params[0], grads[0], grad_scale, table.shape[0], TILE=PLAIN_TILE,
