@@ -28,7 +28,7 @@ from qlite.console import Telling
 from qlite.data import ASSETS, FAQBatches, encode_prompt, read_faq
 from qlite.download import resolve_folder
 from qlite.falcon import Falcon, FalconConfig
-from qlite.flags import DTYPES, OPTIMIZERS, RECIPES, parser
+from qlite.flags import DTYPES, OPTIMIZERS, RECIPES, VERBS, parser
 from qlite.graphs import BUCKET
 from qlite.journal import plot_losses
 from qlite.linear import QuantizedLinear
@@ -370,8 +370,7 @@ def merge(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status of a command line: 0, 1 where the work failed, 2 for bad input, 130 interrupted."""
-    verbs = {"finetune": finetune, "generate": generate, "quantize": quantize}
-    verbs |= {"estimate": estimate, "merge": merge, "push": push}
+    verbs = {name: globals()[name] for name in VERBS}
     options = parser({name: verb.__doc__ for name, verb in verbs.items()}).parse_args(arguments)
     try:
         return verbs[options.verb](options)

@@ -36,6 +36,9 @@ OPTIMIZERS = {
 }
 
 
+VERBS = ("finetune", "generate", "quantize", "estimate", "merge", "push")
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Every flag with its default."""
 

@@ -408,12 +408,12 @@ def test_a_gpu_that_is_not_there_is_an_error_and_not_the_cpu(verb, tmp_path, mon
 
 
 def flags(verb: str) -> list[argparse.Action]:
-    parser = cli.parser(dict.fromkeys(["finetune", "generate", "quantize", "estimate", "merge", "push"]))
+    parser = cli.parser(dict.fromkeys(cli.VERBS))
     verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return [action for action in verbs.choices[verb]._actions if not isinstance(action, argparse._HelpAction)]
 
 
-@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize", "estimate", "merge", "push"])
+@pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_flag_is_in_the_help_with_its_default(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([verb, "--help"])
@@ -427,7 +427,7 @@ def test_every_flag_is_in_the_help_with_its_default(verb, capsys):
             assert f"(default: {action.default})" in said, name
 
 
-@pytest.mark.parametrize("verb", ["finetune", "generate", "quantize", "estimate", "merge", "push"])
+@pytest.mark.parametrize("verb", cli.VERBS)
 def test_no_flag_is_parsed_and_then_ignored(verb):
     source = pathlib.Path(cli.__file__).read_text(encoding="utf-8")
     for action in flags(verb):

@@ -157,7 +157,9 @@ def test_base_tokenizer_and_adapter_load_by_id_and_revision(hub, tmp_path):
 def test_an_adapter_trained_from_the_shell_remembers_id_and_commit_of_its_base(hub, tmp_path):
     repository = hub.add("me/tiny", {path.name: path.read_bytes() for path in (ASSETS / "tiny-falcon").iterdir()})
     commit = repository.refs["v1"] = repository.refs["main"]
-    options = cli._parser().parse_args(["finetune", "--base", "me/tiny", "--revision", "v1", "--device", "cpu"])
+    options = cli.parser(dict.fromkeys(cli.VERBS)).parse_args(
+        ["finetune", "--base", "me/tiny", "--revision", "v1", "--device", "cpu"]
+    )
     model, _ = cli._load(options)
     qlite.add_lora(model, qlite.LoRAConfig(r=1, targets=["query_key_value"]))
     stored = json.loads((qlite.save_adapter(model, tmp_path / "adapter") / CONFIG).read_text())
