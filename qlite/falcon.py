@@ -473,11 +473,13 @@ class Falcon(nn.Module):
                 of the cache hold tokens, the new one included. at: int64 (1,), its place. `cache.length` is not looked at.
         """
         x = self.transformer.word_embeddings(ids)
-        rotary, mask = None, visible[:, None, None]
+        hidden = ~visible[:, None, None]
         if self.config.alibi:
-            mask = self._alibi((visible.long().cumsum(dim=1) - 1).clamp(min=0), x.dtype).masked_fill(~mask, -math.inf)
+            rotary, mask = None, self._alibi((visible.long().cumsum(dim=1) - 1).clamp(min=0), x.dtype)
         else:
-            rotary = self._rotary(positions, x.dtype)
+            # Added to the scores, for attention would make such a mask of a bool one in every layer.
+            rotary, mask = self._rotary(positions, x.dtype), torch.zeros_like(hidden, dtype=x.dtype)
+        mask = mask.masked_fill(hidden, -math.inf)
         for block in self.transformer.h:
             x = block(x, rotary, mask, cache, at)
         return self.transformer.ln_f(x)[:, -1]

@@ -32,8 +32,10 @@ from qlite.experts import ExpertStack
 from qlite.graphs import StepGraphs, why_not
 from qlite.journal import Journal, draw_losses, figure
 from qlite.linear import QuantizedLinear
+from qlite.optim import AdamW8bit, PagedAdamW8bit
 from qlite.storage import replace_file
 
+OURS = (AdamW8bit, PagedAdamW8bit)
 SCHEDULES = ("cosine", "linear", "constant")
 #: So many steps in a row without a finite loss and gradient end the run.
 MOST_SKIPPED = 10
@@ -131,8 +133,8 @@ def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
     raise ValueError("finetune: batches is empty")
 
 
-def _accumulate(model: nn.Module, window: Sequence[Batch], scale: float, graphs: StepGraphs | None) -> float:
-    """Adds the gradients of a window, scaled, to the parameters; returns the mean loss per labelled token."""
+def _accumulate(model: nn.Module, window: Sequence[Batch], scale: float, graphs: StepGraphs | None) -> Tensor:
+    """Adds the gradients of a window, scaled, to the parameters; returns the mean loss per labelled token, a scalar."""
     labelled = sum(batch.n_tokens for batch in window)
     if not labelled:
         raise ValueError("finetune: a window of batches has no labelled token")
@@ -145,7 +147,7 @@ def _accumulate(model: nn.Module, window: Sequence[Batch], scale: float, graphs:
             (loss * scale).backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
-    return total.item()
+    return total
 
 
 def check_options(
@@ -359,6 +361,8 @@ def finetune(
                 parameter.grad = None  # of a window that was broken off
             for group, peak in zip(optimizer.param_groups, settings["lr"], strict=True):
                 group["lr"] = peak
+            if isinstance(optimizer, OURS):
+                optimizer.grad_scale = None
 
 
 def _saver(folder: pathlib.Path | None, run: saved_run.Run, every: int | None, limit: int) -> Callable[[int], None]:
@@ -369,6 +373,19 @@ def _saver(folder: pathlib.Path | None, run: saved_run.Run, every: int | None, l
             saved_run.save(folder, run, limit)
 
     return save
+
+
+def _rescale(optimizer: torch.optim.Optimizer, gradients: list[Tensor], scale: float, shrink: Tensor | None) -> None:
+    """Takes the loss scale out of the gradients and shrinks them; ours is told to, as it reads them."""
+    if isinstance(optimizer, OURS):
+        optimizer.grad_scale = None
+    if shrink is None and scale == 1:
+        return
+    factor = torch.full((), 1 / scale, device=gradients[0].device) if shrink is None else (shrink / scale).float()
+    if isinstance(optimizer, OURS):
+        optimizer.grad_scale = factor
+    else:
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _loop(
@@ -388,11 +405,11 @@ def _loop(
         start = time.perf_counter()
         window = [next(stream) for _ in range(settings["accumulate"])]
         scale = done["loss_scale"]
-        loss = _accumulate(model, window, scale, graphs)
+        total = _accumulate(model, window, scale, graphs)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not (math.isfinite(loss) and math.isfinite(norm.item())):
+        norm = torch.nn.utils.get_total_norm(gradients) / scale
+        loss, size = torch.stack((total.double(), norm.double())).tolist()  # the one time that the host waits
+        if not (math.isfinite(loss) and math.isfinite(size)):
             optimizer.zero_grad(set_to_none=graphs is None)
             done["skipped"] += 1
             done["loss_scale"], done["good_steps"] = max(1.0, scale / 2), 0
@@ -404,9 +421,8 @@ def _loop(
                 )
             continue
         skipped_in_a_row = 0
-        if limit is not None:
-            shrink = (limit / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, shrink)  # pyright: ignore[reportPrivateImportUsage]
+        shrink = None if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+        _rescale(optimizer, gradients, scale, shrink)
         factor = learning_rate_factor(done["step"], steps, settings["schedule"], settings["warmup"])
         for group, peak in zip(optimizer.param_groups, settings["lr"], strict=True):
             group["lr"] = peak * factor
@@ -420,7 +436,7 @@ def _loop(
         seen = sum(batch.input_ids.numel() for batch in window)
         tokens += seen
         row = {
-            "step": done["step"], "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
+            "step": done["step"], "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": size,
             "tokens_per_second": seen / (time.perf_counter() - start),
         }  # fmt: skip
         if run.device.type == "cuda":
