@@ -5,7 +5,7 @@
     python -m benchmarks.decode --peers             # the same work by transformers, peft and bitsandbytes
 
 Random weights in NF4 with double quantization, bfloat16 arithmetic, greedy; the adapter is LoRA r=16 on query_key_value, not
-merged. A step is the time of an answer of 129 tokens less that of one of a single token, over 128, the median of five; both
+merged. A step is the time of an answer of 129 tokens less that of one of a single token, over 128, the median of three; both
 have been generated before, so that the graph is there. The first token's time is that of an answer of one. The floor of a step
 is what it has to read (encoded weights, the head) at the bandwidth of a copy in the same run, or the products of its rows at
 the bf16 peak where they take longer; that of the first token the products of the prompt alone.
@@ -30,7 +30,7 @@ from benchmarks.training_step import products, random_model
 NEW = 129
 
 
-def seconds_of(call: Callable[[], object], repeats: int = 5) -> float:
+def seconds_of(call: Callable[[], object], repeats: int = 3) -> float:
     """Returns the median time of a call that ends with a result on the host."""
     times = []
     for _ in range(repeats):
@@ -55,7 +55,7 @@ def measure(config: qlite.FalconConfig, model: Any, batch: int, prompt: int, *, 
     start = time.perf_counter()
     answer(NEW)
     cold = time.perf_counter() - start
-    first, whole = seconds_of(lambda: answer(1)), seconds_of(lambda: answer(NEW), 1 if peer else 5)
+    first, whole = seconds_of(lambda: answer(1)), seconds_of(lambda: answer(NEW), 1 if peer else 3)
     step = (whole - first) / (NEW - 1)
     read = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / copy_bandwidth()
     floor = max(read, 2 * products(config) * batch / bf16_peak())
