@@ -3,6 +3,8 @@
     python -m benchmarks.training_step                    # the eight settings; a CUDA GPU, 2 minutes
     python -m benchmarks.training_step --settings 1x512,4x2048 --profile   # and the kernels that take the time
     python -m benchmarks.training_step --no-cuda-graphs   # every launch from Python
+    python -m benchmarks.training_step --cap-gib 15       # as on a card of 15 GiB
+    python -m benchmarks.training_step --model 40b --settings 1x512 --checkpointing yes
     python -m benchmarks.training_step --peers            # the same work by transformers, peft and bitsandbytes
 
 The model has random weights, encoded layer by layer on the GPU. A step is one of `qlite.finetune` with accumulate=1: forward
@@ -150,12 +152,15 @@ def main() -> None:
     parser.add_argument("--settings", default=",".join(SETTINGS), help="rows x tokens, joined by commas")
     parser.add_argument("--checkpointing", choices=("both", "yes", "no"), default="both")
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
+    parser.add_argument("--cap-gib", type=float, help="GiB of the card that may be used, by PyTorch")
     parser.add_argument("--no-cuda-graphs", action="store_true")
     parser.add_argument("--peers", action="store_true", help="transformers + peft + bitsandbytes too, and nothing else")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step of each setting")
     parser.add_argument("--commit", help="what to call this tree")
     options = parser.parse_args()
     need_gpu("training_step")
+    if options.cap_gib:
+        torch.cuda.set_per_process_memory_fraction(options.cap_gib * GIB / torch.cuda.mem_get_info()[1])
     values = {**CONFIGS[options.model], **SHARED}
     if options.layers:
         values["num_hidden_layers"] = options.layers
@@ -175,7 +180,9 @@ def main() -> None:
             try:
                 row = measure(model, batch, tokens, options.steps, cuda_graphs)
                 record(
-                    "training_step", {"model": options.model, "layers": config.num_hidden_layers, **row}, commit=options.commit
+                    "training_step",
+                    {"model": options.model, "layers": config.num_hidden_layers, "cap_gib": options.cap_gib, **row},
+                    commit=options.commit,
                 )
                 rows.append(row)
                 if options.profile:
