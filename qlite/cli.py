@@ -29,7 +29,6 @@ from qlite.data import ASSETS, FAQBatches, encode_prompt, read_faq
 from qlite.download import resolve_folder
 from qlite.falcon import Falcon, FalconConfig
 from qlite.flags import DTYPES, OPTIMIZERS, RECIPES, VERBS, parser
-from qlite.graphs import BUCKET
 from qlite.journal import plot_losses
 from qlite.linear import QuantizedLinear
 from qlite.memory import whether_it_fits
@@ -196,10 +195,10 @@ def _predicted(options: argparse.Namespace, model: Falcon, config: qlite.LoRACon
     """Returns what `qlite.estimate` says of a run, in a few words; nothing where it does not know base or optimizer."""
     if options.optimizer == "adamw" or options.quantize == "none" or is_encoded(resolve_folder(options.base)):
         return ""
-    tokens = BUCKET * -(-max(len(prompt) + len(answer) for prompt, answer in rows) // BUCKET)
+    tokens = max(len(prompt) + len(answer) for prompt, answer in rows)
     found = qlite.estimate(
         model.config, quantize=_kind(options, encoded=False), lora=config, dtype=model.transformer.word_embeddings.weight.dtype,
-        batch_size=options.batch_size, tokens=min(tokens, model.config.max_position_embeddings),
+        batch_size=options.batch_size, tokens=tokens,
         gradient_checkpointing=options.gradient_checkpointing, paged=options.optimizer == "paged_adamw_8bit",
     )  # fmt: skip
     return f"; estimated {found.peak / 2**30:.2f}"

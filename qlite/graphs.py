@@ -119,12 +119,12 @@ class StepGraphs:
         self.seeds.random_()
         if new:
             self.shapes[key] = static
-            return self._run(static)
+            return self.run(static.input_ids, static.targets)
         recorded = sum(shape.graph is not None for shape in self.shapes.values())
         if static.graph is None and self.device.type == "cuda" and recorded < MOST_GRAPHS:
             self._record(static)
         if static.graph is None:
-            return self._run(static)
+            return self.run(static.input_ids, static.targets)
         static.graph.replay()
         assert static.loss is not None
         return static.loss
@@ -145,12 +145,17 @@ class StepGraphs:
     def _record(self, static: _Static) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
-            static.loss = self._run(static)
+            static.loss = self.run(static.input_ids, static.targets)
         static.graph, self.pool = graph, graph.pool()
 
-    def _run(self, static: _Static) -> Tensor:
-        hidden = self.model.hidden_states(static.input_ids)
-        loss = linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head, static.targets)
+    def run(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """Returns the summed loss, a scalar, and adds `self.factor` times its gradient to the parameters': what is recorded.
+
+        Args:
+            input_ids: int64 (B, T). targets: int64 (B * T,), the token after each, or -100.
+        """
+        hidden = self.model.hidden_states(input_ids)
+        loss = linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head, targets)
         del hidden  # autograd keeps what it needs
         found = torch.autograd.grad(loss * self.factor, self.parameters, allow_unused=True)
         pairs = [(p.grad, gradient) for p, gradient in zip(self.parameters, found, strict=True) if gradient is not None]

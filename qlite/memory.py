@@ -1,6 +1,6 @@
 """How much GPU memory a fine-tuning takes, before anything is downloaded.
 
-The model is built on the meta device, where tensors have sizes and no bytes, and two real training steps run on it: the same
+The model is built on the meta device, where tensors have sizes and no bytes, and a real training step runs on it: the same
 modules, the same autograd, the same checkpointing. A dispatch mode adds up what is made and dropped. What it cannot see is
 added: the memory that a kernel takes for itself while it runs (the decoded weight, attention's buffers) and cuBLAS's
 workspace. So there is no formula of the architecture that could be forgotten when the architecture changes.
@@ -14,6 +14,7 @@ not paged beyond its bytes at rest.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlite.cross_entropy import linear_cross_entropy
 from qlite.falcon import Falcon, FalconConfig
+from qlite.graphs import BUCKET, StepGraphs
 from qlite.linear import Linear4bit, QuantizedLinear
 from qlite.lora import LoRAConfig, add_lora, lora_parameters
 from qlite.quantize import quantize_model
@@ -134,30 +135,33 @@ def _own_memory(func: torch._ops.OpOverload, args: tuple) -> int:
     return codes.numel() * packed * x.element_size()
 
 
-def _step(model: Falcon, ids: Tensor) -> None:
-    hidden = model.hidden_states(ids)
-    rows = hidden.flatten(0, 1)
-    del hidden
-    loss = linear_cross_entropy(rows, model.lm_head, ids.flatten())
-    del rows
-    loss.backward()
-
-
-def measured(model: Falcon, device: str, batch_size: int, tokens: int) -> tuple[int, int]:
-    """Returns the bytes that a second training step leaves, and its peak, beside the model's own; attention as flash does it.
+def measured(model: Falcon, batch_size: int, tokens: int) -> tuple[int, int]:
+    """Returns the bytes of the gradients, and the peak of a step, beside the model's own; attention as flash does it.
 
     Args:
-        model: adapted, on `device`. batch_size, tokens: rows of so many tokens, each of them labelled.
+        model: adapted, in training mode. batch_size, tokens: rows of so many tokens, each of them labelled.
     """
     for module in model.modules():
         if hasattr(module, "attend"):
             module.attend = _attend  # type: ignore[assignment]
-    ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=device)
-    with Allocations(device, [*model.parameters(), *model.buffers(), ids]) as allocations:
-        _step(model, ids)  # leaves the gradients, which the steps after it begin with
-        allocations.peak = allocations.live
-        _step(model, ids)
-    return allocations.live, allocations.peak
+    if not model.config.alibi:  # whose steps are not recorded, nor padded for it
+        tokens = BUCKET * -(-tokens // BUCKET)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = parameters[0].device
+    with Allocations(device.type, [*model.parameters(), *model.buffers()]) as allocations:
+        ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=device)
+        steps = StepGraphs(model, parameters)
+        # Outside of it dropout is PyTorch's, which keeps a mask.
+        with contextlib.nullcontext() if model.config.alibi else steps:
+            for parameter in parameters:
+                parameter.grad = None
+            before = allocations.live
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients = allocations.live - before
+            allocations.peak = allocations.live
+            steps.run(ids, ids.flatten())
+    return gradients, allocations.peak
 
 
 def estimate(
@@ -200,13 +204,13 @@ def estimate(
     add_lora(model, LoRAConfig(r=16, targets=("query_key_value",)) if lora is None else lora)
     model.gradient_checkpointing = gradient_checkpointing
     trained: list[nn.Parameter] = list(lora_parameters(model))
-    left, peak = measured(model.train(), "meta", batch_size, tokens)
+    gradients, peak = measured(model.train(), batch_size, tokens)
     return MemoryEstimate(
         weights=held,
         adapter=sum(parameter.nbytes for parameter in trained),
-        gradients=left,
+        gradients=gradients,
         optimizer=0 if paged else sum(_moments(parameter.numel()) for parameter in trained),
-        activations=peak - left,
+        activations=peak - gradients,
         workspace=CUBLAS_WORKSPACE,
     )
 

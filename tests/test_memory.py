@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import qlite
 from qlite import cross_entropy, memory
+from qlite.graphs import StepGraphs
 from qlite.memory import CUBLAS_WORKSPACE, GIB, largest_batch, measured
 from tests.falcons import FLAVOURS
 
@@ -48,7 +49,7 @@ def test_a_step_on_meta_takes_what_one_on_real_tensors_does(flavour, kind, check
     for device in ("meta", "cpu"):
         model = adapted(FLAVOURS[flavour], KINDS[kind], device)
         model.gradient_checkpointing = checkpointing
-        counts.append(measured(model, device, 2, 24))
+        counts.append(measured(model, 2, 24))
     assert counts[0] == counts[1] and counts[0][1] > counts[0][0] > 0
 
 
@@ -100,7 +101,7 @@ def test_checkpointing_keeps_one_matrix_a_block():
         for on in (True, False)
     ]
     matrix = 2 * 1024 * SMALL.hidden_size
-    assert growth[0] == 8 * matrix and growth[1] > 10 * 8 * matrix
+    assert growth[0] == 8 * matrix and growth[1] > 9 * 8 * matrix
 
 
 def test_logits_cost_a_chunk_at_most(monkeypatch):
@@ -158,7 +159,8 @@ def test_a_gpu_takes_what_was_said_within_seven_per_cent(rows, tokens, checkpoin
     qlite.add_lora(model, qlite.LoRAConfig(r=16, targets=("query_key_value",)))
     model.gradient_checkpointing = checkpointing
     ids = torch.zeros(rows, tokens, dtype=torch.int64, device="cuda")
-    memory._step(model.train(), ids)
-    torch.cuda.reset_peak_memory_stats()
-    memory._step(model, ids)
+    with StepGraphs(model.train(), qlite.lora_parameters(model)) as steps:
+        steps.run(ids, ids.flatten())
+        torch.cuda.reset_peak_memory_stats()
+        steps.run(ids, ids.flatten())
     assert torch.cuda.max_memory_allocated() == pytest.approx(said.peak, rel=0.07)
