@@ -124,6 +124,16 @@ def test_falcon_takes_what_an_h100_was_measured_to_need_within_seven_per_cent(mo
     assert (found.weights + found.workspace) / GIB == pytest.approx(row["loaded_gpu_gib"], rel=0.01)
 
 
+STEPS = [json.loads(line) for line in (ROOT / "benchmarks/results/training_step.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("row", [row for row in STEPS if "peer" not in row])
+def test_steps_take_what_a_gpu_was_measured_to_need_within_seven_per_cent(row):
+    sizes = {"batch_size": row["rows"], "tokens": row["tokens"], "gradient_checkpointing": row["checkpointing"]}
+    found = qlite.estimate(dataclasses.replace(FALCON[row["model"]], num_hidden_layers=row["layers"]), **sizes)
+    assert found.peak / GIB == pytest.approx(row["peak_gib"], rel=0.07)
+
+
 def test_the_largest_batch_is_the_largest():
     peaks = [qlite.estimate(SMALL, tokens=64, batch_size=rows).peak for rows in (1, 2, 5, 6)]
     find = functools.partial(largest_batch, SMALL, tokens=64)
