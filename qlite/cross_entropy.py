@@ -64,7 +64,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x = hidden[part].detach().requires_grad_(needed[0])
             with torch.set_grad_enabled(any(needed)):
                 logits = head(x)
-                ctx.scale = FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
+                # Not where a weight is trained: its gradient is a sum over all rows, which would overflow.
+                ctx.scale = FLOAT16_SCALE if logits.dtype == torch.float16 and not any(needed[1:]) else 1.0
                 added = _SummedCrossEntropy.apply(logits, targets[part])
             del logits  # only its shape is needed from here on
             loss += added.detach()

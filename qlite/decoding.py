@@ -2,23 +2,24 @@
 
 On a GPU a step is some hundred launches of microseconds, for which Python takes thirty times as long as they do. The first step
 of a decoder runs as usual, the others are replays of a CUDA graph; the choice of the token is part of it, and the host reads
-tokens CHUNK at a time. The decoder of the last call is kept, with its graph, for as long as the model lives and its tensors
-stay where they are.
+tokens CHUNK at a time. The decoder of the last call is kept, with its graph, until the model goes or is trained by `finetune`;
+the next call uses it if its tensors are where they were.
 
 Not done here: speculative decoding, a cache in pages, more than one decoder a model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlite.falcon import Falcon, KVCache
-from qlite.graphs import why_not
+from qlite.graphs import capture_stream, why_not
 
 #: Steps between two looks of the host at the tokens, on a GPU. A row that has ended meanwhile goes on for nothing.
 CHUNK = 8
@@ -66,7 +67,10 @@ class Decoder:
         """
         model, length = self._model(), ids.shape[1]
         self.generator.manual_seed(seed)
+        self.count.zero_()  # a call that was interrupted may have left some
         self.cache.length = 0
+        for kept in (self.cache.keys, self.cache.values):
+            kept.zero_()  # what is masked is multiplied by zero all the same, and NaN times zero is NaN
         mask = None if bool(real.all()) else real.to(self.ids.device)
         ids = ids.to(self.ids.device)
         hidden = model.hidden_states(ids, attention_mask=mask, cache=self.cache)[:, -1]
@@ -100,7 +104,8 @@ class Decoder:
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        with torch.cuda.device(self.ids.device), torch.cuda.graph(graph):
+        stream = capture_stream(self.ids.device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may go on
             self._step()
         self.graph = graph
 
@@ -128,23 +133,38 @@ class Decoder:
 _KEPT: weakref.WeakKeyDictionary[Falcon, tuple[Any, Decoder]] = weakref.WeakKeyDictionary()
 
 
-def decoder(model: Falcon, batch: int, length: int, choice: Any) -> Decoder:
-    """Returns a decoder for at least `length` tokens a row, that of the last call where it still fits.
+@contextlib.contextmanager
+def decoder(model: Falcon, batch: int, length: int, choice: Any) -> Iterator[Decoder]:
+    """A decoder for at least `length` tokens a row: that of the last call where it still fits.
+
+    It is nobody else's meanwhile: a call from another thread, or from within, makes its own. It is kept afterwards if nothing
+    was raised.
 
     Args:
         choice: hashable, with a method `draw`; decoders of equal choices are alike.
     """
-    # What a graph has written into it: addresses, and the numbers that modules hold in Python.
-    signature = (batch, choice, *_tensors(model), *_modules(model))
-    kept = _KEPT.get(model)
-    if kept is not None and kept[0] == signature and kept[1].cache.max_length >= length:
-        return kept[1]
-    _KEPT.pop(model, None)
-    context = model.config.max_position_embeddings
-    made = Decoder(model, batch, min(max(context, length), -(-length // LENGTHS) * LENGTHS), choice.draw)
-    if made.recordable:
-        _KEPT[model] = signature, made
-    return made
+    signature = (batch, choice, why_not(model), model.config, *_autocast(model), *_tensors(model), *_modules(model))
+    kept_signature, kept = _KEPT.pop(model, (None, None))
+    if kept is None or kept_signature != signature or kept.cache.max_length < length:
+        del kept  # before another takes as much
+        context = model.config.max_position_embeddings
+        kept = Decoder(model, batch, min(max(context, length), -(-length // LENGTHS) * LENGTHS), choice.draw)
+    yield kept
+    if kept.recordable:
+        _KEPT[model] = signature, kept
+
+
+def forget(model: nn.Module) -> None:
+    """Frees what is kept for a model: the cache and the recording of its last call."""
+    _KEPT.pop(model, None)  # type: ignore[call-overload]
+
+
+def _autocast(model: Falcon) -> tuple[bool, torch.dtype]:
+    kind = model.transformer.word_embeddings.weight.device.type
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+# What a recording has written into it: addresses, and the numbers that modules hold in Python.
 
 
 def _tensors(model: nn.Module) -> list[tuple]:
@@ -152,4 +172,4 @@ def _tensors(model: nn.Module) -> list[tuple]:
 
 
 def _modules(model: nn.Module) -> list[tuple]:
-    return [(id(module), getattr(module, "scaling", None)) for module in model.modules()]
+    return [(id(m), getattr(m, "scaling", None), getattr(m, "eps", None)) for m in model.modules()]

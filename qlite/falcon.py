@@ -202,8 +202,8 @@ class KVCache:
         With `at`, int64 (1,), one token is stored there, and what is returned is as long as the cache.
         """
         if at is not None:
-            self.keys[layer].index_copy_(2, at, keys)
-            self.values[layer].index_copy_(2, at, values)
+            self.keys[layer].index_copy_(2, at, keys.to(self.keys.dtype))
+            self.values[layer].index_copy_(2, at, values.to(self.values.dtype))
             return self.keys[layer], self.values[layer]
         end = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : end] = keys
@@ -244,7 +244,7 @@ class _Attention(nn.Module):
         # One layout covers all flavours: groups, each of some queries, then its key, then its value.
         fused = self.query_key_value(x).view(batch, length, groups, heads // groups + 2, size)
         if rotary is not None:
-            fused = rotate(fused, *rotary)
+            fused = rotate(fused, *(table.to(fused.dtype) for table in rotary))  # of which autocast makes another dtype
         query, key, value = fused.split((heads // groups, 1, 1), dim=3)
         query = query.reshape(batch, length, heads, size).transpose(1, 2)
         key, value = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)

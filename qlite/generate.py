@@ -184,10 +184,10 @@ def _answers(
                     on_token(i, token)
         return any(running)
 
-    steps = decoder(model, batch, longest + max_new_tokens, choice)
-    going, left = take(steps.prefill(ids, real, seed)), max_new_tokens - 1
-    while going and left:
-        for tokens in steps.steps(min(steps.chunk, left)):
-            left -= 1
-            going = going and take(tokens)
+    with decoder(model, batch, longest + max_new_tokens, choice) as steps:
+        going, left = take(steps.prefill(ids, real, seed)), max_new_tokens - 1
+        while going and left:
+            for tokens in steps.steps(min(steps.chunk, left)):
+                left -= 1
+                going = going and take(tokens)
     return answers

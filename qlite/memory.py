@@ -5,8 +5,8 @@ modules, the same autograd, the same checkpointing. A dispatch mode adds up what
 added: the memory that a kernel takes for itself while it runs (the decoded weight, attention's buffers) and cuBLAS's
 workspace. So there is no formula of the architecture that could be forgotten when the architecture changes.
 
-The figure is what `torch.cuda.max_memory_allocated` counts. What the driver, the CUDA context and the allocator's rounding
-take comes on top: about half a GiB.
+The figure is what `torch.cuda.max_memory_allocated` counts. On top come the driver and the CUDA context, and what PyTorch
+reserves beyond it: recordings (graphs.py) have memory of their own, which nothing else may use.
 
 Not done here: the load, whose peak is the encoded model and one dense tensor; generation; the state of an optimizer that is
 not paged beyond its bytes at rest.
@@ -36,8 +36,8 @@ GRAIN = 512
 #: What PyTorch gives cuBLAS on capability 9.0; before, it is 8.1 MiB.
 CUBLAS_WORKSPACE = 32 * 2**20
 GIB = 2**30
-#: What the driver and the CUDA context take of a card beside PyTorch's tensors, and the allocator by rounding.
-RESERVE = GIB // 2
+#: What the driver and the CUDA context take of a card.
+CONTEXT = GIB // 2
 #: A batch that is larger needs no search.
 MOST_ROWS = 1024
 
@@ -64,6 +64,11 @@ class MemoryEstimate:
     def peak(self) -> int:
         """Bytes of all of them together."""
         return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that PyTorch reserves for it with one shape of batch: at most, by the lines of benchmarks/results that say."""
+        return self.peak + 5 * GIB // 8 + self.activations // 3
 
     def __str__(self) -> str:
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {"peak": self.peak}
@@ -216,7 +221,7 @@ def estimate(
 
 
 def largest_batch(config: FalconConfig, limit: int, **options: Any) -> int:
-    """Returns how many rows a batch may have for its `estimate` to stay within `limit` bytes: 0 to MOST_ROWS.
+    """Returns how many rows a batch may have for what its `estimate` reserves to stay within `limit` bytes: 0 to MOST_ROWS.
 
     Args:
         config, options: as in `estimate`, without batch_size.
@@ -224,7 +229,7 @@ def largest_batch(config: FalconConfig, limit: int, **options: Any) -> int:
     fits, too_many = 0, MOST_ROWS + 1
     rows = 1
     while too_many - fits > 1:
-        if estimate(config, batch_size=rows, **options).peak <= limit:
+        if estimate(config, batch_size=rows, **options).reserved <= limit:
             fits = rows
         else:
             too_many = rows
@@ -234,9 +239,9 @@ def largest_batch(config: FalconConfig, limit: int, **options: Any) -> int:
 
 def whether_it_fits(config: FalconConfig, gib: float, batch_size: int, **options: Any) -> str:
     """Returns a line: does a batch fit a card of `gib` GiB, and which is the largest that does; other arguments as above."""
-    most = largest_batch(config, int(gib * GIB) - RESERVE, **options)
+    most = largest_batch(config, int(gib * GIB) - CONTEXT, **options)
     fits = "yes" if most >= batch_size else "no"
-    left = f"of which {RESERVE / GIB:g} GiB are left to CUDA"
+    left = f"of which {CONTEXT / GIB:g} GiB are left to CUDA"
     return f"fits {gib:g} GiB, {left}: {fits}; {f'up to batch {most}' if most else 'not even batch 1'}"
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from qlite import resume as saved_run
 from qlite.cross_entropy import IGNORED, linear_cross_entropy
 from qlite.data import Batch, FAQBatches, format_prompt
+from qlite.decoding import forget
 from qlite.experts import ExpertStack
 from qlite.graphs import StepGraphs, why_not
 from qlite.journal import Journal, draw_losses, figure
@@ -327,10 +328,12 @@ def finetune(
         raise ValueError(f"finetune: cuda_graphs is True, but {reason}; leave it out, or None")
     settings = {
         "steps": steps, "accumulate": accumulate, "schedule": schedule, "warmup": warmup,
-        "max_grad_norm": max_grad_norm, "seed": seed, "cuda_graphs": reason is None and cuda_graphs is not False,
-        **_describe(model, optimizer),
+        "max_grad_norm": max_grad_norm, "seed": seed, **_describe(model, optimizer),
     }  # fmt: skip
     run = saved_run.Run(trained, optimizer, batches, settings)
+    # Not among what a checkpoint is compared by: one from a GPU may go on where there is none.
+    settings = {**settings, "cuda_graphs": reason is None and cuda_graphs is not False}
+    forget(model)
     device, modes = run.device, [(module, module.training) for module in model.modules()]
     for parameter in trained.values():
         parameter.grad = None  # a call that was interrupted may have left a part of a window's gradient

@@ -228,3 +228,19 @@ def test_on_a_gpu_the_loss_of_a_chunk_takes_a_chunk_of_memory_and_no_synchronisa
         torch.cuda.set_sync_debug_mode("default")
     # 8 bytes a logit, the gradient of hidden, and 2 MiB for each large block that the allocator rounds up.
     assert torch.cuda.max_memory_allocated() - before <= 8 * cross_entropy.CHUNK + 10 * n * columns + 4 * 2**21
+
+
+@pytest.mark.parametrize("reach", [1.0, 0.01])
+def test_the_gradient_of_a_trained_float16_head_does_not_overflow(reach):
+    hidden, head, _ = example(600, 8, 20, torch.float16)
+    hidden = (hidden.detach().abs() * reach).requires_grad_()
+    head.requires_grad_(True)
+    targets = torch.full((600,), 3)
+    (linear_cross_entropy(hidden, head, targets) / 600).backward()
+    found = head.weight.grad.double()
+    head.weight.grad = None
+    exact = nn.Linear(8, 20, bias=False).double()
+    exact.weight.data = head.weight.detach().double()
+    nn.functional.cross_entropy(exact(hidden.detach().double()), targets).backward()
+    # 16-bit logits and sums over chunks of 16-bit gradients.
+    assert found.isfinite().all() and (found - exact.weight.grad).norm() <= 0.02 * exact.weight.grad.norm()

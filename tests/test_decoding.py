@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import gc
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 
 import qlite
 from qlite import decoding
+from qlite.data import Batch
+from qlite.generate import _Choice
 from tests.falcons import FLAVOURS
 
 CUDA = torch.cuda.is_available()
@@ -20,6 +24,7 @@ OPTIONS = {
     "top-k": {"temperature": 0.8, "top_k": 5},
     "top-p": {"temperature": 1.2, "top_p": 0.8, "repetition_penalty": 1.1},
 }
+LONG = qlite.FalconConfig(vocab_size=9, hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
 PROMPTS = {"one": [[1, 2, 3, 4]], "batch": [[5, 6], [1, 2, 3, 4, 5, 6, 7], [8]]}
 
 
@@ -34,18 +39,124 @@ def talker(flavour="7b", dtype=torch.float32, device="cuda" if CUDA else "cpu"):
     return model.to(device)
 
 
-def test_memory_of_a_decoder_is_a_multiple_and_within_the_context():
-    model = talker(device="cpu")
-    choice = qlite.generate.__globals__["_Choice"](0.0, None, None, 1.0)
-    assert decoding.decoder(model, 2, 20, choice).cache.max_length == 64  # the context
-    long = qlite.Falcon(qlite.FalconConfig(vocab_size=9, hidden_size=8, num_attention_heads=1, num_hidden_layers=1))
-    assert decoding.decoder(long, 1, 257, choice).cache.max_length == 512
+CHOICE = _Choice(0.0, None, None, 1.0)
+
+
+@pytest.mark.parametrize(("config", "length", "wanted"), [(FLAVOURS["7b"], 20, 64), (LONG, 257, 512), (LONG, 256, 256)])
+def test_memory_of_a_decoder_is_a_multiple_and_within_the_context(config, length, wanted):
+    with decoding.decoder(qlite.Falcon(config).eval(), 2, length, CHOICE) as steps:
+        assert steps.cache.max_length == wanted
 
 
 def test_nothing_is_kept_for_a_cpu():
     model = talker(device="cpu")
     qlite.generate(model, [1, 2], max_new_tokens=2)
     assert model not in decoding._KEPT
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """On a CPU: decoders that are kept and read by the chunk as on a GPU; a recording is then a step as any other."""
+    if not CUDA:
+        monkeypatch.setattr(decoding, "why_not", lambda model: "hooked" if model._forward_hooks else None)
+        made = decoding.Decoder.__init__
+
+        def as_on_a_gpu(self, model, *arguments):
+            made(self, model, *arguments)
+            self.recordable, self.chunk = decoding.why_not(model) is None, decoding.CHUNK
+
+        monkeypatch.setattr(decoding.Decoder, "__init__", as_on_a_gpu)
+        monkeypatch.setattr(decoding.Decoder, "_record", lambda self: None)
+    return decoding._KEPT
+
+
+def fresh(model, prompt, **options):
+    decoding.forget(model)
+    return qlite.generate(model, prompt, **options)
+
+
+@pytest.mark.parametrize("after", [1, 3, 8, 9, 12])
+def test_a_call_that_was_interrupted_leaves_nothing_to_the_next(kept, after):
+    model, options, told = talker(), {"max_new_tokens": 20, "eos_token_id": None}, []
+    wanted = qlite.generate(model, [1, 2, 3], **options)
+    assert model in kept
+
+    def stop(row, token):
+        told.append(token)
+        if len(told) == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qlite.generate(model, [4, 5], **options, on_token=stop)
+    assert model not in kept and qlite.generate(model, [1, 2, 3], **options) == wanted
+
+
+def test_a_count_that_was_left_over_is_not_read():
+    model = talker().eval()
+    steps = decoding.Decoder(model, 1, 64, CHOICE.draw)
+    prompt, real = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool)
+    with torch.inference_mode():
+        wanted = steps.prefill(prompt, real, 0)
+        steps.count.fill_(5)
+        assert steps.prefill(prompt, real, 0) == wanted
+
+
+def test_calls_from_threads_and_from_within_have_decoders_of_their_own(kept):
+    model, options = talker(), {"max_new_tokens": 12, "eos_token_id": None}
+    prompts = [[1 + n, 2, 3] for n in range(4)]
+    wanted = [fresh(model, prompt, **options) for prompt in prompts]
+    outer = qlite.generate(model, prompts[0], **options, on_token=lambda *_: qlite.generate(model, [7, 8], **options))
+    assert outer == wanted[0]
+    if not CUDA:  # where recordings take turns
+        model.eval()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda prompt: qlite.generate(model, prompt, **options), prompts * 5))
+        assert found == wanted * 5
+
+
+def test_what_was_not_finite_is_gone_with_the_weight_that_made_it(kept):
+    model, options = talker(), {"max_new_tokens": 12, "eos_token_id": None}
+    wanted, norm = fresh(model, [1, 2, 3], **options), model.transformer.h[0].input_layernorm.weight
+    good = norm.detach().clone()
+    with torch.no_grad():
+        norm.fill_(float("nan"))
+        qlite.generate(model, list(range(1, 40)), **options)
+        norm.copy_(good)
+    assert model in kept and qlite.generate(model, [1, 2, 3], **options) == wanted
+
+
+def test_what_python_holds_is_part_of_what_a_decoder_is_known_by(kept):
+    model, options = talker(), {"max_new_tokens": 12, "eos_token_id": None}
+    qlite.generate(model, [1, 2, 3], **options)
+    first = kept[model][1]
+    model.transformer.ln_f.eps = 1.0
+    assert qlite.generate(model, [1, 2, 3], **options) == fresh(model, [1, 2, 3], **options)
+    assert kept[model][1] is not first
+    model.config = dataclasses.replace(model.config, rope_theta=10.0)
+    assert qlite.generate(model, [1, 2, 3], **options) == fresh(model, [1, 2, 3], **options)
+    handle = model.register_forward_hook(lambda *_: None)
+    qlite.generate(model, [1, 2, 3], **options)
+    assert model not in kept
+    handle.remove()
+
+
+@pytest.mark.parametrize("flavour", ["7b", "rw"])
+def test_autocast_may_be_on(kept, flavour):
+    model, options = talker(flavour), {"max_new_tokens": 12, "eos_token_id": None}
+    with torch.autocast("cuda" if CUDA else "cpu", dtype=torch.bfloat16):
+        found = qlite.generate(model, [1, 2, 3], **options)
+        assert found == qlite.generate(model, [1, 2, 3], **options) and len(found) == 12
+    assert qlite.generate(model, [1, 2, 3], **options) == fresh(model, [1, 2, 3], **options)
+
+
+def test_finetune_frees_what_is_kept(kept):
+    model = talker()
+    qlite.generate(model, [1, 2], max_new_tokens=12)
+    assert model in kept
+    ids = torch.tensor([[1, 2, 3]])
+    optimizer = qlite.AdamW8bit(qlite.lora_parameters(model))
+    qlite.finetune(model, [Batch(ids, ids, 2)], optimizer, steps=1, accumulate=1, progress=False)
+    assert model not in kept
 
 
 @needs_gpu

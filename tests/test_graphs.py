@@ -12,7 +12,7 @@ from torch import nn
 
 import qlite
 from qlite import graphs
-from qlite.data import Batch
+from qlite.data import ASSETS, Batch, FAQBatches
 from qlite.graphs import BUCKET, SeededDropout, StepGraphs, why_not
 from qlite.train import answer_loss
 from tests.falcons import FLAVOURS
@@ -102,6 +102,15 @@ def test_layers_have_masks_of_their_own_and_none_in_evaluation():
         assert 0 < (first(x) == 0).sum() < 500 and torch.equal(first.eval()(x), x)
 
 
+def test_a_parameter_that_the_loss_does_not_reach_gets_no_gradient():
+    model = adapted()
+    model.register_parameter("idle", nn.Parameter(torch.ones(3, device=DEVICE)))
+    with StepGraphs(model, [*qlite.lora_parameters(model), model.idle]) as steps:
+        for length in (9, 9, 9):
+            steps.backward(batch(1, length), 1.0)
+        assert model.idle.grad is None and all(gradient.any() for gradient in gradients(model))
+
+
 def test_the_model_is_as_it_was_afterwards():
     model = adapted(dropout=0.3)
     before = [type(module) for module in model.modules()]
@@ -121,6 +130,90 @@ def test_what_cannot_be_recorded_is_said():
     assert why_not(split) == "its tensors are on cpu, not on one CUDA device"
     split.lm_head.to("meta")
     assert "cpu, meta" in why_not(split)
+
+
+HOOKS = {
+    "forward": lambda model: model.lm_head.register_forward_hook(print),
+    "forward pre": lambda model: model.register_forward_pre_hook(print),
+    "backward": lambda model: model.lm_head.register_full_backward_hook(print),
+    "backward pre": lambda model: model.lm_head.register_full_backward_pre_hook(print),
+    "gradient": lambda model: qlite.lora_parameters(model)[0].register_hook(print),
+    "accumulated": lambda model: qlite.lora_parameters(model)[0].register_post_accumulate_grad_hook(print),
+    "everywhere": lambda model: nn.modules.module.register_module_forward_hook(print),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_is_a_reason_not_to_record(kind):
+    model = adapted()
+    handle = HOOKS[kind](model)
+    try:
+        assert "has a hook" in why_not(model)
+    finally:
+        handle.remove()
+    assert "hook" not in (why_not(model) or "")
+
+
+def test_dropout_that_cannot_be_seeded_is_a_reason_not_to_record():
+    model = adapted(dropout=0.3)
+    layer = next(module for module in model.modules() if isinstance(module, qlite.LoRALinear))
+    layer.dropout = nn.AlphaDropout(0.3)
+    assert "is a AlphaDropout" in why_not(model)
+
+
+def test_a_model_that_found_no_room_for_gradients_is_as_it_was(monkeypatch):
+    model = adapted(dropout=0.3)
+    before = [type(module) for module in model.modules()]
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(graphs.torch, "zeros_like", full)
+    with pytest.raises(torch.OutOfMemoryError), StepGraphs(model, qlite.lora_parameters(model)):
+        raise AssertionError
+    assert [type(module) for module in model.modules()] == before and model.preserve_rng_state
+
+
+def test_recordings_that_leave_no_room_are_dropped_and_the_batch_counts_once(monkeypatch):
+    model = adapted()
+    with StepGraphs(model, qlite.lora_parameters(model)) as steps:
+        steps.backward(batch(1, 9), 1.0)
+        wanted = [gradient * 2 for gradient in gradients(model)]
+        next(iter(steps.shapes.values())).graph = "a recording"
+        run, failures = steps.run, [torch.OutOfMemoryError("no room")]
+
+        def once_full(*arguments):
+            if failures:
+                raise failures.pop()
+            return run(*arguments)
+
+        monkeypatch.setattr(steps, "run", once_full)
+        one = batch(1, 9)
+        longer = Batch(
+            nn.functional.pad(one.input_ids, (0, BUCKET)), nn.functional.pad(one.labels, (0, BUCKET), value=-100), one.n_tokens
+        )
+        with pytest.warns(UserWarning, match="from here on no step is recorded"):
+            steps.backward(longer, 1.0)
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(gradients(model), wanted, strict=True))
+        assert steps.most == 0 and all(shape.graph is None for shape in steps.shapes.values())
+        failures.append(torch.OutOfMemoryError("no room"))
+        with pytest.raises(torch.OutOfMemoryError):  # nothing is left to be dropped
+            steps.backward(longer, 1.0)
+
+
+def test_a_checkpoint_goes_on_where_nothing_is_recorded(tmp_path, monkeypatch):
+    def run(**options):
+        model = adapted()
+        made = qlite.AdamW8bit(qlite.lora_parameters(model))
+        pairs = [("a", "b"), ("c", "d")]
+        data = FAQBatches(pairs, qlite.load_tokenizer(ASSETS / "tiny-falcon"), batch_size=1)
+        data.rows = [([1, 2], [3, 4]), ([5, 6], [7, 8])]
+        return qlite.finetune(model, data, made, accumulate=1, progress=False, output_dir=tmp_path, save_every=1, **options)
+
+    monkeypatch.setattr("qlite.train.why_not", lambda model: None)
+    assert run(steps=2).facts["cuda_graphs"] is True
+    monkeypatch.undo()
+    assert run(steps=2, resume=True, cuda_graphs=False).facts["cuda_graphs"] is False
 
 
 def test_finetune_refuses_to_record_what_cannot_be():

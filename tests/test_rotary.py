@@ -46,3 +46,11 @@ def test_the_kernel_is_the_reference_bit_for_bit(batch, tokens, groups, group, h
     x, cos, sin = (tensor.to(DEVICE) for tensor in example(batch, tokens, groups, group, half, dtype, rows=rows))
     x = x.transpose(0, 1).contiguous().transpose(0, 1) if strided else x
     assert torch.equal(kernels.rotate(x, cos, sin), rotary.rotate(x, cos, sin))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_kernel_takes_what_vmap_gives_it(rows):
+    kernels = pytest.importorskip("qlite.kernels.rotary", reason="Triton is not built for this platform")
+    x, cos, sin = (tensor.to(DEVICE) for tensor in example(2, 3, 2, 3, 4, torch.float32, rows=rows))
+    x = torch.stack((x, x + 1, x * 2))
+    assert torch.equal(kernels.rotate(x, cos, sin), rotary.rotate(x, cos, sin))

@@ -49,13 +49,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Returns x, contiguous, with the heads of each group turned, all but the last one.
 
     Args:
-        x: (B, T, groups, heads of a group, D), float32, float16 or bfloat16. cos, sin: (B or 1, T, D/2), of that dtype.
+        x: (B, T, groups, heads of a group, D), or more dimensions before B; float32, float16 or bfloat16.
+        cos, sin: (B or 1, T, D/2), of that dtype.
     """
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    x = x.contiguous()
     out = torch.empty_like(x)
     if not x.numel():
         return out
-    batch, tokens, groups, group, size = x.shape
+    tokens, groups, group, size = x.shape[-4:]
+    batch = x.shape[:-4].numel()
+    if cos.shape[0] != 1:
+        cos, sin = (table.expand(*x.shape[:-4], *table.shape[1:]) for table in (cos, sin))
+    cos, sin = cos.contiguous(), sin.contiguous()
     half_block = triton.next_power_of_2(size // 2)
     heads = max(1, PAIRS // half_block)
     _rotate_kernel[(batch * tokens, triton.cdiv(groups * group, heads))](
