@@ -123,8 +123,9 @@ def _quantize_argument(kinds: list[dict[str, Any]]) -> tuple[str, str]:
         return ", quantize=qlite.Linear8bit", ""
     if len(kinds) != 1 or kinds[0]["format"] not in ("nf4", "fp4"):
         return "", ""
-    default = {"block_size": 64, "double_quant": True}
-    options = [f"{key}={kinds[0][key]}" for key in default if kinds[0][key] != default[key]]
+    default = {"block_size": 64, "double_quant": True, "search": False}
+    found = {**default, **kinds[0]}
+    options = [f"{key}={found[key]}" for key in default if found[key] != default[key]]
     imports = ""
     if kinds[0]["format"] == "fp4":
         options, imports = [*options, "levels=FP4_LEVELS"], "from qlite.nf4 import FP4_LEVELS\n"

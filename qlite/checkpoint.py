@@ -296,9 +296,9 @@ def _encoded_layer(linear: nn.Linear | QuantizedLinear, options: Any) -> Quantiz
     if options == {"format": "int8"}:
         return Linear8bit(linear.in_features, linear.out_features, **arguments)
     try:
-        if options.keys() - {"levels", "flat"} == {"format", "block_size", "double_quant"}:
+        if options.keys() - {"levels", "flat", "search"} == {"format", "block_size", "double_quant"}:
             arguments |= {"block_size": options["block_size"], "double_quant": bool(options["double_quant"])}
-            arguments["flat"] = bool(options.get("flat", False))
+            arguments |= {key: bool(options.get(key, False)) for key in ("flat", "search")}
             return Linear4bit(linear.in_features, linear.out_features, levels=_levels(options), **arguments)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"bad options of an encoded layer: {options!r:.200} ({error})") from error

@@ -63,13 +63,14 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _kind(options: argparse.Namespace, encoded: bool) -> Callable[..., QuantizedLinear] | None:
     """Returns what the linears become, None for dense or as they are; ValueError for a flag that would do nothing."""
     name = options.quantize or ("none" if encoded else "nf4")
-    if name not in ("nf4", "fp4") and (options.block_size, options.double_quant) != (None, None):
+    if name not in ("nf4", "fp4") and (options.block_size, options.double_quant, options.search) != (None, None, False):
         what = "the base is quantized already" if encoded else f"the linears are {name}"
-        raise ValueError(f"--block-size and --double-quant are for nf4 and fp4; {what}")
+        raise ValueError(f"--block-size, --double-quant and --search are for nf4 and fp4; {what}")
     four_bit = functools.partial(
         qlite.Linear4bit,
         block_size=64 if options.block_size is None else options.block_size,
         double_quant=options.double_quant is not False,
+        search=options.search,
         flat=options.verb == "quantize" and options.layout == "bitsandbytes",
     )
     kinds = {"nf4": four_bit, "fp4": functools.partial(four_bit, levels=FP4_LEVELS), "int8": qlite.Linear8bit, "none": None}
@@ -163,6 +164,7 @@ def _same_in_a_fresh_process(
             command += [f"--{flag}", str(value)] if value is not None else []
         if options.double_quant is not None:
             command += ["--double-quant" if options.double_quant else "--no-double-quant"]
+        command += ["--search"] if options.search else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()] == tokens
 

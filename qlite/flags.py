@@ -51,6 +51,7 @@ def _add_base_flags(parser: argparse.ArgumentParser, device: bool = True) -> Non
     group.add_argument("--quantize", choices=formats, help="format of the linears; nf4 unless the base is quantized already")
     group.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights per absmax (nf4, fp4); None: 64")
     group.add_argument("--double-quant", action=argparse.BooleanOptionalAction, help="encode absmax too (nf4, fp4); None: yes")
+    group.add_argument("--search", action="store_true", help="of scales with less error than absmax (nf4, fp4)")
     group.add_argument(
         "--dtype",
         choices=("auto", *DTYPES),

@@ -110,6 +110,7 @@ class Linear4bit(QuantizedLinear):
         levels: 16 values in [-1, 1]: nf4.NF4_LEVELS (default), nf4.FP4_LEVELS or a table of one's own.
         flat: blocks run over the flattened weight, across its rows, as in bitsandbytes. It matters where in_features is
             not a whole number of blocks; elsewhere the bytes are the same.
+        search: `quantize_` looks for better scales than absmax; see `qlite.quantize_nf4`.
 
     Raises:
         ValueError: a bad block size or table.
@@ -137,12 +138,13 @@ class Linear4bit(QuantizedLinear):
         double_quant: bool = True,
         levels: Sequence[float] = NF4_LEVELS,
         flat: bool = False,
+        search: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
         ops.check_block_size(block_size)
-        self.block_size, self.double_quant, self.flat = block_size, double_quant, flat
+        self.block_size, self.double_quant, self.flat, self.search = block_size, double_quant, flat, search
         self._table = tuple(levels)
         table = ops.levels_tensor(levels, "cpu")
         rows, row = (1, out_features * in_features) if flat else (out_features, in_features)
@@ -164,8 +166,10 @@ class Linear4bit(QuantizedLinear):
     def quantize_(self, dense: Tensor) -> Linear4bit:
         """Encodes `dense` (out_features, in_features) on its device into this module; see QuantizedLinear."""
         self._check_dense(dense)
-        options = {"block_size": self.block_size, "double_quant": self.double_quant, "levels": self._table, "flat": self.flat}
-        encoded = ops.quantize_nf4(dense, **options)
+        encoded = ops.quantize_nf4(
+            dense, block_size=self.block_size, double_quant=self.double_quant, levels=self._table, flat=self.flat,
+            search=self.search,
+        )  # fmt: skip
         self.weight = nn.Parameter(encoded.codes, requires_grad=False)
         if self.double_quant:
             self.absmax = nn.Parameter(encoded.absmax, requires_grad=False)
@@ -188,12 +192,12 @@ class Linear4bit(QuantizedLinear):
         return self.encoded().dequantize()
 
     def config(self) -> dict[str, Any]:
-        """Returns {"format": "nf4" | "fp4" | "custom4", "block_size", "double_quant"}, with "levels" of a custom table and
-        "flat": True of a flat layer."""
+        """Returns {"format": "nf4" | "fp4" | "custom4", "block_size", "double_quant"}, with "levels" of a custom table,
+        "flat": True of a flat layer and "search": True of one whose scales are searched for."""
         named = {NF4_LEVELS: "nf4", FP4_LEVELS: "fp4"}.get(self._table)
         options = {"format": named or "custom4", "block_size": self.block_size, "double_quant": self.double_quant}
         options |= {} if named else {"levels": list(self._table)}
-        return {**options, "flat": True} if self.flat else options
+        return options | {key: True for key in ("flat", "search") if getattr(self, key)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (..., out_features) in the dtype of x (..., in_features)."""

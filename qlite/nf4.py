@@ -7,7 +7,7 @@ over the flattened tensor: where a row is a whole number of blocks the bytes are
 "flat", as one long row.
 
 The functions here are the specification that kernels are held against, in plain PyTorch. Not done here: choosing between
-reference and kernel (ops.py), modules (linear.py), a search for a better scale than absmax.
+reference and kernel (ops.py), modules (linear.py), a kernel for the search of a better scale than absmax.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ FP4_LEVELS: tuple[float, ...] = (
     -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
 )  # fmt: skip
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+#: Shares of absmax that `search` tries as a block's scale, beside 1.
+RATIOS = (0.76, 0.8, 0.84, 0.88, 0.92, 0.96, 1.04, 1.08)
 #: Weights encoded at a time, in whole rows or whole blocks: what is computed on the way takes tens of bytes a weight.
 CHUNK = 2**20
 #: Absmax values that share one second-level scale.
@@ -180,14 +182,89 @@ def quantize(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     return codes, absmax
 
 
-def _quantize_rows(weight: Tensor, midpoints: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _blocks(weight: Tensor, block_size: int) -> Tensor:
+    """Returns a chunk of rows in float32, cut into blocks (rows, blocks, block_size), zeros at the end of the last."""
     rows, columns = weight.shape
     blocks = blocks_per_row(columns, block_size)
-    padded = torch.nn.functional.pad(weight.float(), (0, blocks * block_size - columns)).view(rows, blocks, block_size)
-    absmax = padded.abs().amax(dim=2) if padded.numel() else padded.new_zeros(rows, blocks)
-    share = (padded * reciprocal(absmax)[:, :, None]).contiguous()
-    codes = order[torch.bucketize(share, midpoints)]
-    return pack(codes.view(rows, blocks * block_size)[:, : columns + columns % 2]), absmax
+    return torch.nn.functional.pad(weight.float(), (0, blocks * block_size - columns)).view(rows, blocks, block_size)
+
+
+def _quantize_rows(weight: Tensor, midpoints: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    padded = _blocks(weight, block_size)
+    absmax = padded.abs().amax(dim=2) if padded.numel() else padded.new_zeros(padded.shape[:2])
+    return _codes(padded, reciprocal(absmax), weight.shape[1], midpoints, order), absmax
+
+
+def _codes(padded: Tensor, factors: Tensor, columns: int, midpoints: Tensor, order: Tensor) -> Tensor:
+    """Returns the packed codes of blocks that are multiplied by a factor each."""
+    codes = order[torch.bucketize((padded * factors[:, :, None]).contiguous(), midpoints)]
+    return pack(codes.flatten(1)[:, : columns + columns % 2])
+
+
+def search(weight: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    """Returns for each block the signed scale with the least squared error of those tried: a better one than its absmax.
+
+    RATIOS times absmax, with both signs, give codes; the best scale for given codes l is (w . l) / (l . l), which leaves
+    |w|^2 - (w . l)^2 / (l . l). The best of these is encoded once more, and its scale taken from those codes. No block is worse
+    than by its absmax, up to rounding. A negative scale mirrors the table, whose two sides differ.
+
+    Args:
+        weight: (R, C) floating point, finite. levels: float32 (16,). block_size: weights per scale, even.
+
+    Returns:
+        float32 (R, ceil(C / block_size)), of either sign; 0 for a block of zeros.
+
+    Source: ours; a search over clipping ratios by squared error is as old as HQQ and AWQ, the mirrored table is BOF4-S's sign
+    (arXiv 2505.06653).
+    """
+    rows, columns = weight.shape
+    scales = torch.empty((rows, blocks_per_row(columns, block_size)), dtype=torch.float32, device=weight.device)
+    midpoints, order = decision_table(levels)
+    values = levels[order.long()]
+    width, step = CHUNK // block_size * block_size, max(1, CHUNK // max(1, columns))
+    for first, start in itertools.product(range(0, rows, step), range(0, columns, width)):
+        part, stop = slice(first, first + step), min(start + width, columns)
+        padded = _blocks(weight[part, start:stop], block_size)
+        real = _blocks(torch.ones((1, stop - start), device=weight.device), block_size)  # a padding zero has no level to count
+        scales[part, start // block_size : -(-stop // block_size)] = _search_blocks(padded, real, midpoints, values)
+    return scales
+
+
+def _search_blocks(padded: Tensor, real: Tensor, midpoints: Tensor, values: Tensor) -> Tensor:
+    absmax = padded.abs().amax(dim=2) if padded.numel() else padded.new_zeros(padded.shape[:2])
+    share = padded * reciprocal(absmax)[:, :, None]
+
+    def fitted(ratio: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Returns the best scale for the codes that a scale gives, and how much of the squares it explains."""
+        scaled = share / (ratio[:, :, None] if isinstance(ratio, Tensor) else ratio)
+        taken = values[torch.bucketize(scaled.contiguous(), midpoints)] * real
+        product, square = (share * taken).sum(dim=2), taken.square().sum(dim=2)
+        found = torch.where(square > 0, product / square, 0.0)
+        return found, found * product
+
+    best, explained = fitted(1.0)
+    for ratio in (*RATIOS, *(-ratio for ratio in (1.0, *RATIOS))):
+        found, gain = fitted(ratio)
+        best, explained = torch.where(gain > explained, found, best), torch.maximum(gain, explained)
+    best = torch.where(best == 0, 1.0, best)
+    again, gain = fitted(best)
+    best = torch.where(gain > explained, again, best)
+    largest = torch.finfo(torch.float32).max
+    return torch.where(absmax > 0, best / reciprocal(absmax), 0.0).clamp(-largest, largest)
+
+
+def encode(weight: Tensor, scales: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    """Returns the codes, packed uint8 (R, ceil(C / 2)), of a weight (R, C) whose blocks have given scales, of either sign."""
+    rows, columns = weight.shape
+    codes = torch.empty((rows, (columns + 1) // 2), dtype=torch.uint8, device=weight.device)
+    table, factors = decision_table(levels), scales.sign() * reciprocal(scales.abs())
+    width, step = CHUNK // block_size * block_size, max(1, CHUNK // max(1, columns))
+    for first, start in itertools.product(range(0, rows, step), range(0, columns, width)):
+        part, stop = slice(first, first + step), min(start + width, columns)
+        its = factors[part, start // block_size : -(-stop // block_size)]
+        chunk = weight[part, start:stop]
+        codes[part, start // 2 : (stop + 1) // 2] = _codes(_blocks(chunk, block_size), its, stop - start, *table)
+    return codes
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -124,7 +124,7 @@ def _bitsandbytes_config(model: nn.Module, layers: dict[str, QuantizedLinear], d
     """Returns the quantization_config of all layers together; ValueError where there is none that says it."""
     if not layers:
         raise ValueError("save_checkpoint: layout='bitsandbytes' is one of encoded layers; the model has none")
-    formats = {name: {**layer.config(), "block_size": None, "flat": None} for name, layer in layers.items()}
+    formats = {name: {**layer.config(), "block_size": None, "flat": None, "search": None} for name, layer in layers.items()}
     first, wanted = next(iter(formats.items()))
     for name, found in formats.items():
         if found != wanted:

@@ -373,7 +373,10 @@ def test_what_is_told_bit_by_bit_is_the_whole_answer(tokens):
         (["finetune", "--max-length", "8"], "all 82 questions with their answers are longer than max_length=8"),
         (["generate", ""], "the question is empty"),
         (["generate", "a", "--revision", "main"], "is a folder, which has no revision 'main'"),
-        (["generate", "a", "--quantize", "int8", "--block-size", "128"], "--block-size and --double-quant are for nf4"),
+        (
+            ["generate", "a", "--quantize", "int8", "--block-size", "128"],
+            "--search are for nf4 and fp4",
+        ),
         (["quantize", "--output", "new", "--quantize", "none"], "there is nothing to quantize"),
         (["finetune", "--base", "."], "has no config.json"),
         (["estimate", "--base", "."], "config.json"),

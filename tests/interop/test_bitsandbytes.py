@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qlite
-from qlite import nf4
+from qlite import bnb_layout, nf4
 from qlite.dynamic8 import dequantize_dynamic8, dynamic_levels, quantize_dynamic8
 from qlite.nf4 import FP4_LEVELS, NF4_LEVELS
 from tests.strategies import DTYPES, weights, whole_blocks
@@ -465,3 +465,16 @@ def assert_moments_are_within_both_bounds(state, peer_state):
         theirs = dequantize_dynamic8(peer_state[f"state{number}"].flatten(), peer_absmax, signed=signed)
         apart = (ours - theirs).abs() / absmax.repeat_interleave(256)[: len(ours)]
         assert bool((apart <= 2 * HALF_GAP[signed] + HALF_BIN + 2**-20).all())
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_it_reads_searched_scales_of_either_sign(quant_type, double_quant):
+    w = torch.randn(256, 1024, generator=torch.Generator().manual_seed(3))
+    q = qlite.quantize_nf4(w, levels=LEVELS[quant_type], double_quant=double_quant, search=True, flat=True)
+    parts = {name: part for name, part in bnb_layout.to_4bit(q).items() if name != "weight"}
+    state = functional.QuantState.from_dict(parts, torch.device("cpu"))
+    decoded = functional.dequantize_4bit(q.codes.view(-1, 1), state)
+    assert_same_decoding(q.dequantize(), decoded)
+    if quant_type == "nf4":
+        assert (decoded - w).square().mean() / w.square().mean() <= 0.0070

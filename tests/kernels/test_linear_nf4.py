@@ -39,13 +39,16 @@ def within(found, left, right, dtype) -> bool:
 weights = st.tuples(st.integers(1, 150), st.integers(1, 7), st.sampled_from([64, 128, 256]), st.booleans())
 
 
-@given(weights, st.integers(1, 40), st.sampled_from(list(ROUNDOFF)), st.booleans(), tables, st.integers(0, 2**31))
-def test_products_are_as_near_to_float64_as_one_rounding_allows(weight, rows, dtype, has_bias, levels, seed):
+@given(
+    weights, st.integers(1, 40), st.sampled_from(list(ROUNDOFF)), st.booleans(), tables, st.integers(0, 2**31), st.booleans()
+)
+def test_products_are_as_near_to_float64_as_one_rounding_allows(weight, rows, dtype, has_bias, levels, seed, search):
     out_features, blocks, block_size, double_quant = weight
     random = torch.Generator().manual_seed(seed)
     w = torch.randn(out_features, 64 * blocks, generator=random) * 10.0 ** torch.randint(-3, 3, (), generator=random)
     w[torch.rand(out_features, generator=random) < 0.1] = 0
-    q = qlite.quantize_nf4(w.to(DEVICE), block_size=block_size, double_quant=double_quant, levels=levels)
+    # Searched scales are of either sign.
+    q = qlite.quantize_nf4(w.to(DEVICE), block_size=block_size, double_quant=double_quant, levels=levels, search=search)
     x = torch.randn(rows, 64 * blocks, generator=random).to(DEVICE, dtype)
     bias = torch.randn(out_features, generator=random).to(DEVICE) if has_bias else None
     y = linear_nf4.linear(x, *parts(q), bias, out_features, block_size)
