@@ -26,13 +26,13 @@ from qlite.nf4 import FP4_LEVELS
 ROWS, COLUMNS = 2048, 4544
 METHODS: dict[str, dict] = {
     "nf4": {},
-    "nf4, searched": {"search": True},
-    "nf4, float32 scales": {"double_quant": False},
-    "nf4, float32 scales, searched": {"double_quant": False, "search": True},
-    "nf4, blocks of 32": {"block_size": 32},
-    "nf4, blocks of 32, searched": {"block_size": 32, "search": True},
+    "nf4 searched": {"search": True},
+    "nf4 float32 scales": {"double_quant": False},
+    "nf4 float32 scales searched": {"double_quant": False, "search": True},
+    "nf4 blocks of 32": {"block_size": 32},
+    "nf4 blocks of 32 searched": {"block_size": 32, "search": True},
     "fp4": {"levels": FP4_LEVELS},
-    "fp4, searched": {"levels": FP4_LEVELS, "search": True},
+    "fp4 searched": {"levels": FP4_LEVELS, "search": True},
 }
 
 
@@ -81,7 +81,7 @@ def main() -> None:
     parser.parse_args()
     methods: dict[str, Callable[[Tensor], tuple[Tensor, int]]] = {name: by_qlite(options) for name, options in METHODS.items()}
     if peer("bitsandbytes"):
-        methods |= {"bitsandbytes nf4": by_bitsandbytes, "nf4, searched, read by bitsandbytes": read_by_bitsandbytes}
+        methods |= {"bitsandbytes nf4": by_bitsandbytes, "nf4 searched, read by bitsandbytes": read_by_bitsandbytes}
     kinds, lines = samples(), []
     for name, method in methods.items():
         line = [name]
