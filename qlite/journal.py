@@ -84,6 +84,7 @@ def plot_losses(metrics: str | pathlib.Path, image: str | pathlib.Path) -> None:
 
 
 def figure() -> Any:
+    """Returns an empty matplotlib Figure; ImportError, with what to install, where there is no matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -92,6 +93,7 @@ def figure() -> Any:
 
 
 def draw_losses(figure: Any, steps: Sequence[float], losses: Sequence[float], image: str | pathlib.Path) -> None:
+    """Draws the loss of each step into a Figure and writes it as a PNG."""
     axes = figure.subplots()
     axes.plot(steps, losses)
     axes.set(xlabel="step", ylabel="loss per answer token (nats)", title="Training loss", ylim=(0, None))

@@ -35,9 +35,14 @@ FP4_LEVELS: tuple[float, ...] = (
     0.0, -0.0052083334885537624, -0.6666666865348816, -1.0,
     -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
 )  # fmt: skip
+# The least squared error of normal weights in blocks of 64 with `search`: benchmarks/derive_table.py derives it from a seed.
+LS4_LEVELS: tuple[float, ...] = (
+    -0.8255933, -0.6344981, -0.4930082, -0.3744573, -0.2706992, -0.1757215, -0.0862761, 0.0,
+    0.0843605, 0.171601, 0.2632536, 0.3628469, 0.4740077, 0.6039904, 0.7689504, 1.0,
+)  # fmt: skip
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 #: Shares of absmax that `search` tries as a block's scale, beside 1.
-RATIOS = (0.76, 0.8, 0.84, 0.88, 0.92, 0.96, 1.04, 1.08)
+RATIOS = (0.76, 0.82, 0.88, 0.94, 1.06, 1.12, 1.18, 1.24)
 #: Weights encoded at a time, in whole rows or whole blocks: what is computed on the way takes tens of bytes a weight.
 CHUNK = 2**20
 #: Absmax values that share one second-level scale.
