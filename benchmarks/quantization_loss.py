@@ -4,8 +4,8 @@
 
 Held-out text of the base's corpus, of two kinds: modules and documentation of Python's standard library (of the Python that
 runs this), and made-up support articles about places that are not in the training text. In windows of 256 tokens, each scored
-by the dense model and by that of each format. The gap is the mean difference to dense, in nats a token. "Share" is a format's gap over
-that of NF4 on the same windows, its interval of 2,000 bootstrap samples of windows, 2.5 to 97.5 %.
+by the dense model and by that of each format. The gap is the mean difference to dense, in nats a token. "Share" is a format's
+gap over that of NF4 on the same windows, its interval of 2,000 bootstrap samples of windows, 2.5 to 97.5 %.
 
 Where NF4 has no gap to share there is no share: on the support articles, whose loss hangs on names that the model never saw,
 the gap does not follow the error of a format, and NF4's is below zero.
