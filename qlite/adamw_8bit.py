@@ -8,8 +8,8 @@ next step, and rounded to zero it lets one step leap by thousands of learning ra
 hundred times the others. And no element moves further than exact AdamW could move it (`AdamWRule.bound`), which matters
 where rounding holds a growing second moment down. So a step stays under 8 learning rates for any sequence of gradients.
 
-`step_encoded` and `step_plain` make the step for lists of tensors: the reference of the ops (ops.py), whose kernels are in
-kernels/adamw_8bit.py.
+`step_encoded` and `step_plain` make the step for lists of tensors: the reference of the ops (training_ops.py), whose kernels
+are in kernels/adamw_8bit.py.
 
 Not done here: where the state lives and when it moves (optim.py).
 """

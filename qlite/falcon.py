@@ -452,9 +452,10 @@ class Falcon(nn.Module):
         positions = self._positions(length, past, attention_mask, input_ids.device)
         rotary = None if self.config.alibi else self._rotary(positions[:, past:], x.dtype)
         mask = self._mask(length, past, attention_mask, positions, x.dtype)
-        keep = contextlib.nullcontext if self._decoded_bytes(x.dtype) > MOST_KEPT else decoded_weights_kept
+        again = self.gradient_checkpointing and self.training
+        keep = decoded_weights_kept if again and self._decoded_bytes(x.dtype) <= MOST_KEPT else contextlib.nullcontext
         for block in self.transformer.h:
-            if self.gradient_checkpointing and self.training:
+            if again:
                 x = checkpoint(
                     _inside, keep, block, x, rotary, mask, cache,
                     use_reentrant=False, preserve_rng_state=self.preserve_rng_state,

@@ -987,12 +987,14 @@ def test_on_cuda_a_step_with_paged_state_does_not_wait_for_the_device():
     optimizer = PagedAdamW8bit(several(device="cuda"))
     optimizer.grad_scale = torch.tensor(0.5, device="cuda")
     advance(optimizer, gradients(2, *SHAPES))
+    before = params_of(optimizer)
     mode = torch.cuda.get_sync_debug_mode()
     try:
         torch.cuda.set_sync_debug_mode("error")  # waiting raises
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+    assert all(not torch.equal(old, new) for old, new in zip(before, params_of(optimizer), strict=True))
 
 
 @needs_cuda

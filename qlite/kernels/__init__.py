@@ -1,1 +1,1 @@
-"""Triton kernels. Only ops.py imports them; the references they must equal are in nf4.py, int8.py and dynamic8.py."""
+"""Triton kernels. ops.py and training_ops.py alone call them, and name beside each the reference that it must equal."""

@@ -42,7 +42,7 @@ TILE, PLAIN_TILE = 256, 1024
 #: From so many elements on a program steps 8 tiles: the GPU starts programs at a limited rate, and each looks its row up.
 #: Fewer elements would not fill it so.
 SHARE, SHARED_FROM = 8, 2**24
-#: Longer blocks would not fit the registers of a program: ops.py takes the reference for them.
+#: Longer blocks would not fit the registers of a program: training_ops.py takes the reference for them.
 LONGEST_BLOCK = 4096
 #: int64 places of a row of the table; where n and the first program stand in it, and the numbers, as float32 places.
 ROW, COUNT, FIRST, NUMBERS = (tl.constexpr(place) for place in (16, 6, 7, 16))

@@ -26,6 +26,7 @@ from qlite.kernels.tiles import Tile
 
 @triton.jit
 def round_to(value, dtype: tl.constexpr, PLAIN: tl.constexpr):
+    """Returns float32 rounded to a dtype, to the nearest."""
     if PLAIN and dtype == tl.bfloat16:  # the interpreter cuts float32 to bfloat16
         bits = value.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -86,6 +87,7 @@ def _add_chunk(total, chunk, table, dynamic, offset, PAIRS: tl.constexpr, SCALES
 
 @triton.jit
 def pairs_of(words, table, PAIRS: tl.constexpr):
+    """Returns the pairs of levels of the four bytes of each word, as the inline PTX of PAIRS looks them up in a table."""
     return tl.inline_asm_elementwise(
         PAIRS, "=&r,=&r,=&r,=&r,r,r", [words, table],
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
