@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qlite.operators import decoded_weights_kept
-from qlite.training_ops import rotate
+from qlite.model_ops import rotate
+from qlite.operators import decoded_weights_kept, without_derivatives
 
 MODEL_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
 #: Keys of the configs of 2023 and what they are called since.
@@ -283,6 +283,16 @@ class _MLP(nn.Module):
         return self.dense_4h_to_h(nn.functional.gelu(self.dense_h_to_4h(x)))
 
 
+class _LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm, with a kernel of its own for a few tokens and no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (..., hidden), normed."""
+        if without_derivatives() and x.dtype == self.weight.dtype:
+            return torch.ops.qlite.layer_norm(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
 class _Block(nn.Module):
     """One decoder layer: attention and MLP side by side on the same residual, or one after the other (RW)."""
 
@@ -292,7 +302,7 @@ class _Block(nn.Module):
         self.two_norms = config.two_norms
 
         def norm() -> nn.LayerNorm:
-            return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon, **kwargs)
+            return _LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon, **kwargs)
 
         if self.two_norms:
             self.ln_attn, self.ln_mlp = norm(), norm()
@@ -333,7 +343,7 @@ class _Transformer(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **kwargs)
         self.h = nn.ModuleList(_Block(config, layer, **kwargs) for layer in range(config.num_hidden_layers))
-        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon, **kwargs)
+        self.ln_f = _LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon, **kwargs)
 
 
 class Falcon(nn.Module):

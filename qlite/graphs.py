@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from qlite.cross_entropy import IGNORED, linear_cross_entropy
 from qlite.data import Batch
 from qlite.falcon import Falcon
-from qlite.training_ops import seeded_dropout
+from qlite.model_ops import seeded_dropout
 
 #: Tokens of a row are padded to a multiple.
 BUCKET = 64

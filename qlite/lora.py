@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+import qlite.model_ops  # noqa: F401  declares the op
 from qlite import lora_init
 from qlite.experts import ExpertStack
+from qlite.operators import without_derivatives
 
 ALL_LINEAR = "all-linear"
 #: Features at a time when the rows of a weight are asked for by way of its layer.
@@ -262,6 +264,8 @@ class LoRALinear(nn.Module):
         """
         result = self.base(x)
         a, b = self.factors()
+        if without_derivatives() and self.magnitude is None and not (self.dropout.training and self.dropout.p):
+            return torch.ops.qlite.lora_add(result, x, a, b, self.scaling)
         # Cast to what the base computed in: under autocast that is not the dtype of x.
         low_rank = nn.functional.linear(self.dropout(x).to(result.dtype), a.to(result.dtype))
         update = nn.functional.linear(low_rank, b.to(result.dtype)) * self.scaling

@@ -102,6 +102,11 @@ def _recorded() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def without_derivatives() -> bool:
+    """Whether nobody can ask for a derivative of what is computed now: an op that has none may be called."""
+    return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or not _recorded())
+
+
 def _vmap(op: Callable, info, dims: tuple[int | None, ...], *arguments) -> tuple[Tensor, int]:
     """Returns op over a batch: as more rows for one weight, and one after the other where each has a weight of its own."""
     if dims[0] is not None and all(dim is None for dim in dims[1:]):

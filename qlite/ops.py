@@ -1,6 +1,6 @@
 """The seam: every operator over encoded weights, declared once, with its reference for any device and its kernel for CUDA.
 
-This file and training_ops.py alone know both a reference and a kernel. Each op is a `torch.library` op (`torch.ops.qlite.*`)
+This file and model_ops.py alone know both a reference and a kernel. Each op is a `torch.library` op (`torch.ops.qlite.*`)
 with a schema, a fake implementation (shapes only, for torch.compile and meta tensors), a gradient where it has one, the
 reference under CompositeExplicitAutograd and the kernel under CUDA. PyTorch's dispatcher chooses by the device of the
 tensors; there is no switch of ours. To run the reference on purpose, call nf4.py and int8.py by name.

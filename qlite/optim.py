@@ -2,7 +2,7 @@
 
 Both moments are kept as dynamic 8-bit codes with one float32 absmax per block of 256 (Dettmers et al., "8-bit
 Optimizers via Block-wise Quantization", arXiv 2110.02861): 2.03 bytes a parameter instead of 8. Small tensors keep float32
-moments. The update itself is in adamw_8bit.py; what is resident is stepped by one call of the op (training_ops.py) for all
+moments. The update itself is in adamw_8bit.py; what is resident is stepped by one call of the op (model_ops.py) for all
 tensors of a device, dtype and block size, whatever their groups, and what is paged by one for each piece.
 
 Non-finite gradients: nothing is read back from the device to look for them. A block (for float32 moments: an element)
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-import qlite.training_ops  # noqa: F401  declares the ops
+import qlite.model_ops  # noqa: F401  declares the ops
 from qlite import moments
 from qlite.adamw_8bit import AdamWRule, flattened
 from qlite.moments import (

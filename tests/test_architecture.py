@@ -22,10 +22,10 @@ FLOORS = {
     8: ("__init__", "__main__", "cli", "flags"),
     7: ("train", "hub", "merge", "placement", "memory"),
     6: ("generate", "decoding", "graphs", "adapters", "checkpoint", "saving", "resume", "quantize", "card"),
-    5: ("linear", "optim", "falcon"),
-    4: ("ops", "training_ops"),
+    5: ("linear", "optim", "falcon", "lora"),
+    4: ("ops", "model_ops"),
     3: ("kernels", "bnb_layout"),
-    2: ("nf4", "adamw_8bit", "data", "lora", "journal"),
+    2: ("nf4", "adamw_8bit", "data", "journal"),
     1: (
         "dynamic8", "int8", "lora_init", "rotary", "paging", "storage", "download", "experts", "operators", "cross_entropy",
         "console", "dropout", "moments",
@@ -109,7 +109,7 @@ def test_imports_make_no_circle():
 
 @files
 def test_only_the_seam_knows_the_kernels(path):
-    if part(path) not in ("ops", "training_ops", "operators", "kernels"):
+    if part(path) not in ("ops", "model_ops", "operators", "kernels"):
         assert "kernels" not in parts_imported(path)
         assert "triton" not in imports_of(path, top_level=False)
 

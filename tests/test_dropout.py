@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlite import dropout, training_ops
+from qlite import dropout, model_ops
 from tests.strategies import DTYPES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,21 +33,21 @@ def test_philox_is_what_integers_of_any_size_say(seed, counter):
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.9])
 def test_a_share_of_elements_is_dropped_and_the_others_make_up_for_it(p):
     n = 200_000
-    y = training_ops.seeded_dropout(torch.ones(n), torch.tensor([7]), p)
+    y = model_ops.seeded_dropout(torch.ones(n), torch.tensor([7]), p)
     # Five standard deviations of a binomial share.
     assert abs((y == 0).float().mean() - p) <= 5 * (p * (1 - p) / n) ** 0.5
     assert torch.equal(y[y != 0].unique(), torch.tensor([1 / (1 - p)])) and abs(y.mean() - 1) <= 5 * (p / (1 - p) / n) ** 0.5
-    again, other = (training_ops.seeded_dropout(torch.ones(n), torch.tensor([seed]), p) for seed in (7, 8))
+    again, other = (model_ops.seeded_dropout(torch.ones(n), torch.tensor([seed]), p) for seed in (7, 8))
     assert torch.equal(y, again) and (p == 0.0 or not torch.equal(y, other))
 
 
 def test_the_gradient_has_the_mask_of_the_output():
     x = torch.randn(5, 33, dtype=torch.float64, requires_grad=True)
     seed = torch.tensor([3])
-    training_ops.seeded_dropout(x, seed, 0.3).sum().backward()
-    assert torch.equal(x.grad, training_ops.seeded_dropout(torch.ones_like(x), seed, 0.3))
-    assert torch.autograd.gradcheck(lambda x: training_ops.seeded_dropout(x, seed, 0.3), x, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(lambda x: training_ops.seeded_dropout(x, seed, 0.3), x)
+    model_ops.seeded_dropout(x, seed, 0.3).sum().backward()
+    assert torch.equal(x.grad, model_ops.seeded_dropout(torch.ones_like(x), seed, 0.3))
+    assert torch.autograd.gradcheck(lambda x: model_ops.seeded_dropout(x, seed, 0.3), x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda x: model_ops.seeded_dropout(x, seed, 0.3), x)
 
 
 @given(
@@ -64,6 +64,6 @@ def test_the_kernel_is_the_reference_bit_for_bit(count, p, seed, dtype, strided)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_positions_beyond_two_to_the_31st_have_numbers_of_their_own():
     x, seed = torch.ones(2**31 + 5000, dtype=torch.bfloat16, device="cuda"), torch.tensor([5], device="cuda")
-    y = training_ops.seeded_dropout(x, seed, 0.5)[-5000:]
+    y = model_ops.seeded_dropout(x, seed, 0.5)[-5000:]
     numbers = dropout.philox(seed, torch.arange(2**29, 2**29 + 1250, device="cuda")).view(-1) >> 1
     assert torch.equal(y != 0, numbers >= dropout.threshold(0.5))

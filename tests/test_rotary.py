@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlite import rotary, training_ops
+from qlite import model_ops, rotary
 from tests.strategies import DTYPES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,8 +33,8 @@ def test_pairs_are_turned_as_complex_numbers_are(batch, tokens, groups, group, h
 def test_the_gradient_turns_back():
     x, cos, sin = example(2, 3, 2, 3, 2, torch.float64, rows=2)
     x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: training_ops.rotate(x, cos, sin), x, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(lambda x: training_ops.rotate(x, cos, sin), x)
+    assert torch.autograd.gradcheck(lambda x: model_ops.rotate(x, cos, sin), x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda x: model_ops.rotate(x, cos, sin), x)
 
 
 @given(

@@ -299,6 +299,24 @@ VARIANTS = {
         {"HALF": 32, "HALF_BLOCK": 32, "HEADS": 32, "ROUND_BFLOAT16": False},
         ("x_ptr", "cos_ptr", "sin_ptr", "out_ptr"), per_thread=16, budget=13.6,
     ),
+    "LayerNorm of a few tokens": Variant(
+        "few_tokens", "_layer_norm_kernel",
+        {"x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "y_ptr": "*bf16", "columns": "i32", "eps": "fp32"},
+        {"BLOCK": 8192, "ROUND_BFLOAT16": False}, ("x_ptr", "weight_ptr", "bias_ptr", "y_ptr", "columns"), {"num_warps": 8},
+    ),
+    "LoRA of a few tokens, down": Variant(
+        "few_tokens", "_lora_down_kernel",
+        {"x_ptr": "*bf16", "a_ptr": "*fp32", "low_ptr": "*fp32", "columns": "i32", "rank": "i32"}, {"STRIP": 1024},
+        ("x_ptr", "a_ptr", "low_ptr", "columns", "rank"),
+    ),
+    "LoRA of a few tokens, up": Variant(
+        "few_tokens", "_lora_up_kernel",
+        {
+            "y_ptr": "*bf16", "low_ptr": "*fp32", "b_ptr": "*fp32", "out_ptr": "*bf16", "columns": "i32", "rank": "i32",
+            "scaling": "fp32",
+        },
+        {"COLUMNS": 64, "RANK": 16, "ROUND_BFLOAT16": False}, ("y_ptr", "low_ptr", "b_ptr", "out_ptr", "columns", "rank"),
+    ),
     "int8, one row": int8_one_row(),
     "int8, one row of any length": int8_one_row(False),
     # Tensor cores multiply from 8.0 on; without them the op decodes, or goes row by row.

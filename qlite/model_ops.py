@@ -8,6 +8,9 @@ from torch import Tensor
 from qlite import adamw_8bit, dropout, rotary
 from qlite.operators import declare, differentiate, keep, kernels, mark_changed, on_cuda
 
+#: Rows that kernels/few_tokens.py is for, and columns of a LayerNorm that it holds in registers.
+MOST_ROWS, WIDEST = 64, 16384
+
 # Dropout by seed and position: linear in x, and its own gradient.
 
 
@@ -59,6 +62,48 @@ def _rotary_jvp(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 rotate = differentiate("rotary", lambda ctx, inputs, output: keep(ctx, *inputs[1:]), _rotary_backward, _rotary_jvp)
+
+
+# What a few tokens need beside the products by encoded weights; without gradients, which are for many tokens.
+
+
+def _few(x: Tensor) -> bool:
+    """Whether the kernels of few_tokens.py are for x: a few rows of one of their dtypes."""
+    return x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.shape[:-1].numel() <= MOST_ROWS
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _layer_norm_cuda(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if not _few(x) or x.shape[-1] > WIDEST:
+        return _layer_norm(x, weight, bias, eps)
+    return kernels("few_tokens", x.device).layer_norm(x, weight.contiguous(), bias.contiguous(), eps)
+
+
+def _lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    low_rank = torch.nn.functional.linear(x.to(y.dtype), a.to(y.dtype))
+    return y + torch.nn.functional.linear(low_rank, b.to(y.dtype)) * scaling
+
+
+def _lora_add_cuda(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    if not (_few(x) and _few(y) and a.dtype == b.dtype == torch.float32):
+        return _lora_add(y, x, a, b, scaling)
+    arguments = (tensor.contiguous() for tensor in (y, x, a, b))
+    return kernels("few_tokens", x.device).lora_add(*arguments, scaling)
+
+
+declare(
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
+    _layer_norm, lambda x, weight, bias, eps: torch.empty_like(x),
+)  # fmt: skip
+declare(
+    "lora_add(Tensor y, Tensor x, Tensor a, Tensor b, float scaling) -> Tensor",
+    _lora_add, lambda y, x, a, b, scaling: torch.empty_like(y),
+)  # fmt: skip
+on_cuda("layer_norm", _layer_norm_cuda)
+on_cuda("lora_add", _lora_add_cuda)
 
 
 # AdamW, in place, over lists of contiguous tensors of one device and, for the kernels, one dtype; `rules` are flattened.
