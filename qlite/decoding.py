@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlite import token_step
 from qlite.falcon import Falcon, KVCache
 from qlite.graphs import capture_stream, why_not
 
@@ -46,6 +47,7 @@ class Decoder:
         device = embedding.device
         self.model, self.draw = weakref.ref(model), draw
         self.recordable = device.type == "cuda" and why_not(model) is None
+        self.few_launches = token_step.fits(model)
         self.chunk = CHUNK if device.type == "cuda" else 1
         self.cache = KVCache(model.config, batch, length, device=device, dtype=embedding.dtype)
         self.generator = torch.Generator(device)
@@ -112,7 +114,8 @@ class Decoder:
     def _step(self) -> None:
         model = self._model()
         self.visible.index_fill_(1, self.at, True)
-        hidden = model.next_hidden(self.ids, self.positions, self.visible, self.cache, self.at)
+        next_hidden = token_step.next_hidden if self.few_launches else type(model).next_hidden
+        hidden = next_hidden(model, self.ids, self.positions, self.visible, self.cache, self.at)
         self.at.add_(1)
         self.positions.add_(1)
         self._choose(hidden)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlite import adamw_8bit, dropout, rotary
+from qlite import adamw_8bit, dropout, nf4, one_token, rotary
 from qlite.operators import declare, differentiate, keep, kernels, mark_changed, on_cuda
 
 #: Rows that kernels/few_tokens.py is for, and columns of a LayerNorm that it holds in registers.
@@ -104,6 +104,77 @@ declare(
 )  # fmt: skip
 on_cuda("layer_norm", _layer_norm_cuda)
 on_cuda("lora_add", _lora_add_cuda)
+
+
+def _lora_update(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return torch.nn.functional.linear(torch.nn.functional.linear(x.to(a.dtype), a), b).float() * scaling
+
+
+def _lora_update_cuda(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    if not (_few(x) and a.dtype == b.dtype == torch.float32):
+        return _lora_update(x, a, b, scaling)
+    return kernels("few_tokens", x.device).lora_update(x.contiguous(), a.contiguous(), b.contiguous(), scaling)
+
+
+declare(
+    "lora_update(Tensor x, Tensor a, Tensor b, float scaling) -> Tensor", _lora_update,
+    lambda x, a, b, scaling: x.new_empty(*x.shape[:-1], b.shape[0], dtype=torch.float32),
+)  # fmt: skip
+on_cuda("lora_update", _lora_update_cuda)
+
+
+# One token a row (one_token.py). The lists of a weight are codes, absmax, with double quantization its scale and offset, levels.
+
+
+def _two_products(xs: list[Tensor], one: list[Tensor], other: list[Tensor], block_size: int) -> Tensor:
+    wide = torch.promote_types(xs[0].dtype, torch.float32)
+    products = []
+    for x, (codes, absmax, *double_quant, levels) in zip((xs[0], xs[-1]), (one, other), strict=True):
+        scale, offset = double_quant or (None, None)
+        weight = nf4.dequantize(codes, absmax, scale, offset, levels, x.shape[-1], block_size, wide)
+        products.append(torch.nn.functional.linear(x.to(wide), weight))
+    return (torch.cat(products, dim=-1) if len(xs) == 1 else products[0] + products[1])[None]
+
+
+def _two_products_fake(xs: list[Tensor], one: list[Tensor], other: list[Tensor], block_size: int) -> Tensor:
+    parts = torch.library.get_ctx().new_dynamic_size()  # of a GPU, which adds them up where they are read
+    columns = one[0].shape[0] + (other[0].shape[0] if len(xs) == 1 else 0)
+    return xs[0].new_empty(parts, xs[0].shape[0], columns, dtype=torch.promote_types(xs[0].dtype, torch.float32))
+
+
+def _two_products_cuda(xs: list[Tensor], one: list[Tensor], other: list[Tensor], block_size: int) -> Tensor:
+    return kernels("linear_nf4", xs[0].device).two_products(xs, one, other, block_size)
+
+
+def _add_norm_cuda(x, parts, weight, bias, eps) -> tuple[Tensor, Tensor]:
+    return kernels("one_token", x.device).add_norm(x.contiguous(), parts, weight.contiguous(), bias.contiguous(), eps)
+
+
+def _between_cuda(fused, up, cos, sin, keys, values, at, visible) -> tuple[Tensor, Tensor]:
+    tables = cos.contiguous(), sin.contiguous()
+    found = kernels("one_token", keys.device).between(fused, up, *tables, keys, values, at, visible.contiguous())
+    mark_changed([keys, values])
+    return found
+
+
+def _between_fake(fused, up, cos, sin, keys, values, at, visible) -> tuple[Tensor, Tensor]:
+    batch, kv_heads, _, size = keys.shape
+    return keys.new_empty(batch, fused[0].shape[2] - 2 * kv_heads * size), keys.new_empty(batch, up[0].shape[2])
+
+
+declare("two_products(Tensor[] xs, Tensor[] one, Tensor[] other, int block_size) -> Tensor", _two_products, _two_products_fake)
+declare(
+    "add_norm(Tensor x, Tensor[] parts, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    one_token.add_norm, lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+)  # fmt: skip
+declare(
+    "between_products(Tensor[] fused, Tensor[] up, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor at, "
+    "Tensor visible) -> (Tensor, Tensor)",
+    one_token.between_products, _between_fake,
+)  # fmt: skip
+on_cuda("two_products", _two_products_cuda)
+on_cuda("add_norm", _add_norm_cuda)
+on_cuda("between_products", _between_cuda)
 
 
 # AdamW, in place, over lists of contiguous tensors of one device and, for the kernels, one dtype; `rules` are flattened.

@@ -16,7 +16,7 @@ from torch import Tensor
 from qlite.kernels.int8_codec import to_output
 
 #: Columns of x that a program multiplies at a time, and columns of y that one adds to.
-STRIP, COLUMNS = 1024, 64
+STRIP, COLUMNS = 2048, 64
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _lora_down_kernel(x_ptr, a_ptr, low_ptr, columns, rank, STRIP: tl.constexpr)
 @triton.jit
 def _lora_up_kernel(
     y_ptr, low_ptr, b_ptr, out_ptr, columns, rank, scaling,
-    COLUMNS: tl.constexpr, RANK: tl.constexpr, ROUND_BFLOAT16: tl.constexpr,
+    COLUMNS: tl.constexpr, RANK: tl.constexpr, ADD: tl.constexpr, ROUND_BFLOAT16: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -65,8 +65,9 @@ def _lora_up_kernel(
     low = tl.load(low_ptr + row * rank + place, mask=place < rank, other=0.0)
     inside = there[:, None] & (place < rank)[None]
     b = tl.load(b_ptr + column[:, None] * rank + place[None], mask=inside, other=0.0)
-    update = tl.sum(b * low[None], axis=1) * scaling
-    y = tl.load(y_ptr + row * columns + column, mask=there, other=0.0).to(tl.float32) + update
+    y = tl.sum(b * low[None], axis=1) * scaling
+    if ADD:
+        y += tl.load(y_ptr + row * columns + column, mask=there, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * columns + column, to_output(y, ROUND_BFLOAT16, out_ptr.dtype.element_ty), mask=there)
 
 
@@ -94,14 +95,22 @@ def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tens
         y: (..., out_features). x: (..., in_features), the same rows. a: float32 (r, in_features). b: float32
             (out_features, r). All contiguous.
     """
+    return _update(torch.empty_like(y), y, x, a, b, scaling)
+
+
+def lora_update(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Returns `scaling * (x @ a.T) @ b.T` in float32; arguments as in `lora_add`."""
+    return _update(x.new_empty(*x.shape[:-1], b.shape[0], dtype=torch.float32), None, x, a, b, scaling)
+
+
+def _update(out: Tensor, y: Tensor | None, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     rows, (rank, in_features), out_features = x.numel() // max(1, x.shape[-1]), a.shape, b.shape[0]
-    out = torch.empty_like(y)
     if not out.numel():
         return out
     low = torch.empty(rows, rank, dtype=torch.float32, device=x.device)
-    _lora_down_kernel[(rank, rows)](x, a, low, in_features, rank, STRIP=STRIP, num_warps=4)
+    _lora_down_kernel[(rank, rows)](x, a, low, in_features, rank, STRIP=STRIP, num_warps=8)
     _lora_up_kernel[(triton.cdiv(out_features, COLUMNS), rows)](
-        y, low, b, out, out_features, rank, scaling, COLUMNS=COLUMNS, RANK=triton.next_power_of_2(rank), num_warps=4,
-        ROUND_BFLOAT16=y.dtype == torch.bfloat16 and not y.is_cuda,
+        y, low, b, out, out_features, rank, scaling, COLUMNS=COLUMNS, RANK=triton.next_power_of_2(rank), ADD=y is not None,
+        num_warps=4, ROUND_BFLOAT16=out.dtype == torch.bfloat16 and not out.is_cuda,
     )  # fmt: skip
     return out

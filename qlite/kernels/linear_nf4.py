@@ -45,6 +45,15 @@ def linear(
     return run(flat, coded, bias, block_size, tile).view(*x.shape[:-1], out_features)
 
 
+def two_products(xs: list[Tensor], one: list[Tensor], other: list[Tensor], block_size: int) -> Tensor:
+    """Returns the parts of two products of up to four rows, as few_rows.multiply_two."""
+    xs = [x.contiguous() if x.data_ptr() % 16 == 0 else x.clone() for x in xs]
+    weights = [tuple(w) if len(w) == 5 else (*w[:2], None, None, w[2]) for w in (one, other)]
+    weights = [(w[0] if w[0].is_contiguous() and w[0].data_ptr() % 16 == 0 else w[0].clone(), *w[1:]) for w in weights]
+    tile = tiles.two_products("stacked" if len(xs) == 1 else "summed", xs[0].device)
+    return few_rows.multiply_two(xs, weights, block_size, tile)
+
+
 def gradient(grad: Tensor, coded: tuple[Tensor | None, ...], in_features: int, block_size: int) -> Tensor:
     """Returns `grad @ decode(W)` (..., in_features): the gradient of the input, without a transposed copy of the weight."""
     return grad @ decoded(coded, grad.shape[-1], in_features, block_size, grad.dtype)

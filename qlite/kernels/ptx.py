@@ -5,8 +5,8 @@ A byte holds the codes of two neighbouring weights. `table` puts the decoded pai
 `scaled_pairs` look up the four bytes of a word. One dp4a makes an address of a byte: byte * 128 + (table + place of the
 thread's copy). Each look-up yields what a tensor core takes: two 16-bit weights in one register.
 
-`product`, `raw_scales`, `scales` and `sum_of_warps` work on Triton tensors of shape (8 * warps, 16), of which a thread holds
-four neighbours of a row: threads 4 g to 4 g + 3 of a warp hold row g. That is the arrangement of the operands of mma.sync
+`product` and the sums work on Triton tensors of shape (8 * warps, 16), of which a thread holds four neighbours of a row: threads
+4 g to 4 g + 3 of a warp hold row g. That is the arrangement of the operands of mma.sync
 (PTX ISA, "Matrix fragments for mma.m16n8k16"), and how Triton lays out a tensor that is read 16 bytes at a time.
 
 Not done here: anything that Triton's interpreter could run; those files have the same in plain Triton beside each.
@@ -133,10 +133,11 @@ def level_of_absmax() -> str:
 
 @functools.cache
 def product(dtype: torch.dtype) -> str:
-    """Sixteen rows of weights by eight columns of x, over the 128 columns that four threads hold 32 each.
+    """Sixteen rows of weights by eight columns of x, over the 128 columns that four threads hold 32 each; scaled and added.
 
-    $0 to $3: the product. $4 to $35: pairs of bytes 0, 1, 2, 3 of four words of row g, then of row g + 8. $36 to $51: x, 32
-    values. Byte b of word j meets x's pair 4 j + b. Two sums of four products each: the tensor core's latency is long.
+    $0 to $3: $52 to $55 plus the scaled product. $4 to $35: pairs of bytes 0, 1, 2, 3 of four words of row g, then of row
+    g + 8. $36 to $51: x, 32 values. $56 and $60: the scale of row g, and of row g + 8. Byte b of word j meets x's pair 4 j + b.
+    Two sums of four products each: the tensor core's latency is long.
     """
     lines = []
     for word in range(4):
@@ -148,32 +149,46 @@ def product(dtype: torch.dtype) -> str:
             kind = _kind(dtype)
             shape = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
             lines.append(f"{shape} {out}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {old};")
-    lines += [f"add.f32 ${i}, ${i}, h{i};" for i in range(4)]
+    lines += [f"add.f32 ${i}, ${i}, h{i}; fma.rn.f32 ${i}, ${i}, ${56 if i < 2 else 60}, ${52 + i};" for i in range(4)]
     return "{ .reg .f32 zero, h0, h1, h2, h3; mov.f32 zero, 0f00000000;\n" + "\n".join(lines) + "\n}"
 
 
 @functools.cache
 def raw_scales(double_quant: bool) -> str:
-    """Reads what the scales of rows g and g + 8 are made of: $0, $1 absmax, $2, $3 their groups' scales (as bits).
+    """Reads what this thread's two scales are made of: $0, $1 absmax, $2, $3 their groups' scales (as bits).
 
-    $4 and $8: index of the block; $12: absmax; $16: scales of the groups (double_quant).
+    $4 and $5: index of the absmax; $6: absmax; $7: scales of the groups (double_quant).
     """
     if not double_quant:
-        read = "mul.wide.u32 p, ${0}, 4; add.u64 p, p, $12; ld.global.nc.b32 ${1}, [p];\n"
-        return "{ .reg .u64 p;\n" + read.format(4, 0) + read.format(8, 1) + "mov.b32 $2, 0; mov.b32 $3, 0; }"
-    code = "cvt.u64.u32 p, ${0}; add.u64 p, p, $12; ld.global.nc.u8 h, [p]; cvt.u32.u16 ${1}, h;\n"
-    group = "shr.u32 i, ${0}, 8; mul.wide.u32 p, i, 4; add.u64 p, p, $16; ld.global.nc.b32 ${1}, [p];\n"
-    parts = code.format(4, 0) + code.format(8, 1) + group.format(4, 2) + group.format(8, 3)
+        read = "mul.wide.u32 p, ${0}, 4; add.u64 p, p, $6; ld.global.nc.b32 ${1}, [p];\n"
+        return "{ .reg .u64 p;\n" + read.format(4, 0) + read.format(5, 1) + "mov.b32 $2, 0; mov.b32 $3, 0; }"
+    code = "cvt.u64.u32 p, ${0}; add.u64 p, p, $6; ld.global.nc.u8 h, [p]; cvt.u32.u16 ${1}, h;\n"
+    group = "shr.u32 i, ${0}, 8; mul.wide.u32 p, i, 4; add.u64 p, p, $7; ld.global.nc.b32 ${1}, [p];\n"
+    parts = code.format(4, 0) + code.format(5, 1) + group.format(4, 2) + group.format(5, 3)
     return "{ .reg .u64 p; .reg .u32 i; .reg .u16 h;\n" + parts + "}"
 
 
 @functools.cache
 def scales(double_quant: bool) -> str:
-    """$0 and $1: the scale of row g, $2 and $3: of row g + 8, of raw_scales' $4 to $7; $8: table, $12: offset."""
-    if not double_quant:
-        return "mov.b32 $0, $4; mov.b32 $1, $4; mov.b32 $2, $5; mov.b32 $3, $5;"
-    row = "mad.lo.u32 a, ${0}, 4, $8; ld.shared.f32 f, [a]; mov.b32 g, ${1}; fma.rn.f32 ${2}, f, g, $12; mov.f32 ${3}, ${2};\n"
-    return "{ .reg .u32 a; .reg .f32 f, g;\n" + row.format(4, 6, 0, 1) + row.format(5, 7, 2, 3) + "}"
+    """$0, $1: the scales of rows g and g + 8 in a step's first chunk, $2, $3: in its second.
+
+    Thread 4 g + j has read block j of four for rows g and g + 8 ($4 to $7, of raw_scales; $8: table of levels, $9: offset). Of
+    the product it holds columns of the first block of a chunk where j < 2, else of the second: the scale of another thread.
+    """
+    row = "mad.lo.u32 a, ${0}, 4, $8; ld.shared.f32 f, [a]; mov.b32 g, ${1}; fma.rn.f32 {2}, f, g, $9;\n"
+    own = row.format(4, 6, "low") + row.format(5, 7, "high") if double_quant else "mov.b32 low, $4; mov.b32 high, $5;\n"
+    source = "mov.u32 a, %laneid; and.b32 s, a, 28; bfe.u32 a, a, 1, 1; or.b32 s, s, a; or.b32 a, s, 2;\n"
+    get = "shfl.sync.idx.b32 ${}, {}, {}, 31, 0xffffffff;\n"
+    got = "".join(get.format(i, ("low", "high")[i % 2], "ssaa"[i]) for i in range(4))
+    return "{ .reg .u32 a, s; .reg .f32 f, g, low, high;\n" + own + source + got + "}"
+
+
+#: $0 to $3: $4 to $7 summed over threads t and t + 2, which hold the two halves of a chunk.
+SUM_OF_HALVES = "{ .reg .f32 p;\n" + "".join(
+    f"shfl.sync.bfly.b32 p, ${4 + i}, 2, 31, 0xffffffff; add.f32 ${i}, ${4 + i}, p;\n" for i in range(4)
+) + "}"  # fmt: skip
+#: A barrier of the warp, for no load to be moved across; $0: zero.
+FENCE = "bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
 
 
 @functools.cache

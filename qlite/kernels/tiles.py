@@ -24,6 +24,9 @@ class Tile:
         two: blocks of 64 columns a step are two. scaled: weights are scaled before the product, and rounded once.
         sort: the columns of x are put in the tensor core's order first, so that they can be read 16 bytes at a time.
         width: neighbouring columns of a thread in Triton's operand: 2 on capability 9.0, 4 before.
+        split: the warps of a program share the columns of 16 rows of the weight, instead of having 16 rows each. parts: in
+            which results are left, at most two more than the programs that share a group of rows; 1: whole groups are dealt
+            out. registers: of a thread, at most. early: the launch begins while the one before it ends (few rows).
     """
 
     method: str
@@ -36,6 +39,10 @@ class Tile:
     scaled: bool = False
     sort: bool = False
     width: int = 2
+    split: bool = True
+    parts: int = 1
+    registers: int | None = None
+    early: bool = False
 
 
 #: Rows of x, up to which, weights of the matrix, from which on -> Tile, its programs those of one multiprocessor. A launch
@@ -43,9 +50,8 @@ class Tile:
 #: driver for more only by its own.
 _FEW = (4, 0, Tile("few rows", 4, 4))
 _HOPPER = [
-    # 1 row: 20.5. Before, with a chunk of the next rows read ahead: 23, 4 rows: 24 (bitsandbytes 41, 131); 3 programs: 24,
-    # 30; 8 warps: 23, 26.
-    _FEW,
+    (4, 40_000_000, Tile("few rows", 4, 4, split=False, parts=4, registers=128, early=True)),
+    (4, 0, Tile("few rows", 4, 4, registers=128, early=True)),
     (16, 0, Tile("small batch", 2, 4, 128, 16, stages=6)),  # 32; 3 programs: 40; tiles of 64: 56; of 256: 33
     (32, 0, Tile("small batch", 2, 4, 128, 32, stages=4)),  # 38
     (64, 0, Tile("small batch", 1, 8, 128, 64, stages=3, sort=True)),  # 47; tiles of 256: 51; scaled, 4 warps: 49
@@ -62,6 +68,8 @@ _AMPERE = [
 ]
 #: The interpreter, where the tests are: small tiles, every branch.
 _INTERPRETED = [
+    (1, 0, Tile("few rows", 3, 4, split=False, parts=4)),
+    (2, 0, Tile("few rows", 5, 4, parts=3)),
     _FEW,
     (16, 0, Tile("small batch", 3, 4, 64, 16)),
     (32, 0, Tile("small batch", 2, 4, 64, 16, two=False, width=4)),
@@ -91,6 +99,20 @@ def table(capability: tuple[int, int]) -> list[tuple[int, int, Tile]]:
     return _AMPERE if capability[0] == 8 else [_FEW]
 
 
+#: Two weights in one launch: results beside each other, and added.
+_TWO = {
+    "stacked": Tile("few rows", 3, 4, split=False, parts=4, registers=168),
+    "summed": Tile("few rows", 3, 4, split=False, parts=10, registers=168),
+}
+
+
+@functools.lru_cache(16)
+def two_products(how: str, device: torch.device) -> Tile:
+    """Returns how to multiply by two encoded weights at once, "stacked" or "summed"."""
+    capability, multiprocessors = _properties(device)
+    return dataclasses.replace(_TWO[how], programs=_TWO[how].programs * multiprocessors, early=early(device))
+
+
 @functools.lru_cache(4096)
 def linear_nf4(rows: int, shape: tuple[int, int], block_size: int, dtype: torch.dtype, device: torch.device) -> Tile | None:
     """Returns how to multiply `rows` rows by a weight of `shape` (out_features, in_features), or None: by cuBLAS."""
@@ -99,5 +121,13 @@ def linear_nf4(rows: int, shape: tuple[int, int], block_size: int, dtype: torch.
     capability, multiprocessors = _properties(device)
     for most, least, tile in table(capability):
         if rows <= most and shape[0] * shape[1] >= least:
-            return dataclasses.replace(tile, programs=tile.programs * multiprocessors)
+            tile = dataclasses.replace(tile, programs=tile.programs * multiprocessors)
+            # Groups of 16 rows instead of 64, where the others would not keep all programs busy.
+            few = tile.parts > 1 and -(-shape[0] // (16 * tile.warps)) * (tile.parts - 2) < tile.programs
+            return dataclasses.replace(tile, split=True) if few else tile
     return None
+
+
+def early(device: torch.device) -> bool:
+    """Whether a kernel can begin while the one before it ends: programmatic dependent launch, capability 9.0 on."""
+    return _properties(device)[0] >= (9, 0)

@@ -32,6 +32,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not built for this platform")
 import torch
 
+from qlite.kernels import few_rows as kernel_of_few_rows
 from qlite.kernels import linear_int8, ptx, tiles
 from tests.kernels import aot
 from tests.kernels.aot import CAPABILITIES, Build
@@ -121,17 +122,38 @@ def linear_nf4(module, kernel, tile, signature, constants, dtype, double_quant, 
     return Variant(module, kernel, signature, constants, aligned, options, **rest)
 
 
-def few_rows(dtype=torch.bfloat16, double_quant=True, bias=False, plain=False, **rest):
-    tile = tiles.table((9, 0))[0][2]
+def few_rows(dtype=torch.bfloat16, double_quant=True, bias=False, plain=False, mode="SINGLE", tile=None, early=False, **rest):
+    tile = tile or tiles.table((9, 0))[0][2]
     assembly = {
-        "TABLE": ptx.table(tile.warps, dtype, double_quant, exchange=True), "PAIRS": ptx.pairs(), "PRODUCT": ptx.product(dtype),
-        "RAW": ptx.raw_scales(double_quant), "SCALES": ptx.scales(double_quant), "SUM": ptx.sum_of_warps(tile.warps),
+        "TABLE": ptx.table(tile.warps, dtype, double_quant, exchange=tile.split), "PAIRS": ptx.pairs(),
+        "PRODUCT": ptx.product(dtype), "RAW": ptx.raw_scales(double_quant), "SCALES": ptx.scales(double_quant),
+        "SUM": ptx.sum_of_warps(tile.warps) if tile.split else ptx.SUM_OF_HALVES, "FENCE": ptx.FENCE,
     }  # fmt: skip
-    constants = {"PLAIN": plain, "SUM_AT": ptx.PAIRS + ptx.LEVELS, **(dict.fromkeys(assembly, "") if plain else assembly)}
-    signature = {"units": "i32", **({} if plain else {"x_ptr": "*i32"})}
-    # A chunk of 16 rows by 128 columns a warp, two chunks a step.
-    rest = {"loop": True, "per_thread": 128, **rest}
-    return linear_nf4("few_rows", "_few_rows_kernel", tile, signature, constants, dtype, double_quant, bias, **rest)
+    constants = {
+        "MODE": getattr(kernel_of_few_rows, mode).value, "SPLIT": tile.split, "PARTS": tile.parts, "PLAIN": plain,
+        "EARLY": early, "SUM_AT": ptx.PAIRS + ptx.LEVELS, **(dict.fromkeys(assembly, "") if plain else assembly),
+    }  # fmt: skip
+    if not plain:
+        rest.setdefault("registers", tile.registers)
+    kind = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
+    deltas = dict.fromkeys(("codes_delta", "x_delta", "absmax_delta", "scale_delta"), "i64")
+    both = [name + number for name in ("x_row", "rows", "blocks", "absmax") for number in "01"]
+    integers = dict.fromkeys(("rows", *both, "groups0", "steps0", "steps", "total_steps"), "i32")
+    signature = {
+        "x_ptr": kind if plain else "*i32", "codes_ptr": "*i32", "absmax_ptr": "*u8" if double_quant else "*fp32",
+        **dict.fromkeys(("scale_ptr", "offset_ptr", "offset1_ptr", "dynamic_ptr", "levels_ptr", "bias_ptr"), "*fp32"),
+        "y_ptr": kind if tile.parts == 1 else "*fp32", **deltas, **integers,
+    }  # fmt: skip
+    constants |= {"RATIO": 1, "DOUBLE_QUANT": double_quant, "BIAS": bias, "WARPS": tile.warps, "LEVELS_AT": ptx.PAIRS}
+    constants |= {} if bias else {"bias_ptr": None}
+    aligned = [key for key in signature if key.endswith("_ptr")] + ["codes_delta", "x_delta", "x_row0", "x_row1", "rows0", "rows1"]
+    options = {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": True}
+    registers = rest.pop("registers", None)
+    options |= {"maxnreg": registers} if registers else {}
+    # A step of 16 rows by 256 columns a warp, two a turn of the loop.
+    rest = {"loop": True, "per_thread": 256, **rest}
+    aligned = tuple(key for key in aligned if key not in constants)
+    return Variant("few_rows", "_few_rows_kernel", signature, constants, aligned, options, **rest)
 
 
 def small_batch(tile, dtype=torch.bfloat16, double_quant=True, bias=False, **rest):
@@ -181,6 +203,35 @@ def int8_few_rows(capability, rows, dtype="*bf16", **rest):
     return int8("linear_int8", "_few_rows_kernel", signature, cut, warps=tile.warps, stages=tile.stages, **rest)
 
 
+def one_token_sums(capabilities=CAPABILITIES, **constants):
+    strides = [name + "stride" for name in ("", "row_", "more_", "more_row_")]
+    signature = {
+        "x_ptr": "*bf16", "parts_ptr": "*fp32", "more_ptr": "*fp32",
+        **dict.fromkeys(("weight_ptr", "bias_ptr", "sum_ptr", "y_ptr"), "*bf16"),
+        **dict.fromkeys(("columns", *strides), "i32"), "eps": "fp32",
+    }  # fmt: skip
+    constants = {"PARTS": 10, "MORE": 1, "BLOCK": 8192, "PLAIN": False, "EARLY": False, **constants}
+    aligned = tuple(name for name in signature if name != "eps")
+    return Variant(
+        "one_token", "_add_norm_kernel", signature, constants, aligned, {"num_warps": 16}, capabilities=capabilities
+    )
+
+
+def between_products(capabilities=CAPABILITIES, **constants):
+    pointers = dict.fromkeys(("fused_ptr", "more_fused_ptr", "up_ptr", "more_up_ptr"), "*fp32")
+    pointers |= dict.fromkeys(("cos_ptr", "sin_ptr", "keys_ptr", "values_ptr", "attended_ptr", "activated_ptr"), "*bf16")
+    names = [f"{of}_{what}" for of in ("fused", "more_fused", "up", "more_up") for what in ("stride", "row")]
+    integers = dict.fromkeys((*names, "chunks", "kv_heads", "group", "length", "cos_stride", "ffn"), "i32")
+    signature = {**pointers, "at_ptr": "*i64", "visible_ptr": "*i8", **integers, "scale": "fp32"}
+    constants = {
+        "FUSED": 4, "MORE_FUSED": 1, "UP": 4, "MORE_UP": 0, "SIZE": 64, "HEADS": 16, "KEYS": 64, "COLUMNS": 1024, "PLAIN": False,
+        "EARLY": False, **constants,
+    }  # fmt: skip
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+    aligned = (*pointers, "at_ptr", *names, "length")
+    return Variant("one_token", "_between_kernel", signature, constants, aligned, options, capabilities=capabilities)
+
+
 def int8_one_row(words=True, **rest):
     tile = linear_int8.ONE_ROW
     signature = {
@@ -227,7 +278,10 @@ TENSOR_CORES = tuple(capability for capability in CAPABILITIES if capability >= 
 #: Instructions a weight. 256 rows: two registers spill before the loop, and with a bias 28 around it, once a tile; with half
 #: the rows a tile it takes a tenth longer.
 BUDGETS = {16: 3.2, 32: 3.8, 64: 5.4, 128: 6.1, 256: 8.6}
-HOPPER, AMPERE = ({most: tile for most, _, tile in tiles.table(of)[1:]} for of in ((9, 0), (8, 6)))
+HOPPER, AMPERE = (
+    {most: tile for most, _, tile in tiles.table(of) if tile.method == "small batch"} for of in ((9, 0), (8, 6))
+)
+STACKED, SUMMED = (tiles.two_products(how, torch.device("cpu")) for how in ("stacked", "summed"))
 VARIANTS = {
     "dequantize": dequantize(budget=9.2),
     "dequantize, absmax in float32": dequantize(absmax="*fp32", budget=7.1),
@@ -255,7 +309,17 @@ VARIANTS = {
     "quantize one absmax": codec(
         "_absmax_quantize_kernel", ABSMAX, {"ABSMAX_BLOCK": 256, "GROUPS": 8, "PARTS": 1024, "parts": 1}
     ),
-    "few rows": few_rows(capabilities=TENSOR_CORES, budget=2.7),
+    "few rows": few_rows(capabilities=TENSOR_CORES, budget=3.1),
+    "few rows, whole groups": few_rows(tile=tiles.table((9, 0))[1][2], capabilities=TENSOR_CORES),
+    "few rows, early": few_rows(early=True, capabilities=(90,)),
+    "few rows, columns split": few_rows(tile=dataclasses.replace(tiles.table((9, 0))[0][2], split=True), capabilities=(90,)),
+    "few rows of two weights, stacked": few_rows(mode="STACKED", tile=STACKED, capabilities=TENSOR_CORES, budget=3.3),
+    "few rows of two weights, summed": few_rows(mode="SUMMED", tile=SUMMED, capabilities=TENSOR_CORES, budget=3.5),
+    "few rows' parts summed": Variant(
+        "few_rows", "_sum_of_parts_kernel",
+        {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16", "count": "i32", "out_features": "i32"},
+        {"PARTS": 4, "BLOCK": 512, "BIAS": True, "PLAIN": False, "EARLY": False},
+    ),
     "few rows, float16, absmax in float32, bias": few_rows(torch.float16, False, True, capabilities=TENSOR_CORES),
     "few rows without tensor cores": few_rows(torch.float16, plain=True, loop=False, capabilities=(75,)),
     "few rows without tensor cores, absmax in float32": few_rows(
@@ -306,8 +370,8 @@ VARIANTS = {
     ),
     "LoRA of a few tokens, down": Variant(
         "few_tokens", "_lora_down_kernel",
-        {"x_ptr": "*bf16", "a_ptr": "*fp32", "low_ptr": "*fp32", "columns": "i32", "rank": "i32"}, {"STRIP": 1024},
-        ("x_ptr", "a_ptr", "low_ptr", "columns", "rank"),
+        {"x_ptr": "*bf16", "a_ptr": "*fp32", "low_ptr": "*fp32", "columns": "i32", "rank": "i32"}, {"STRIP": 2048},
+        ("x_ptr", "a_ptr", "low_ptr", "columns", "rank"), {"num_warps": 8},
     ),
     "LoRA of a few tokens, up": Variant(
         "few_tokens", "_lora_up_kernel",
@@ -315,8 +379,12 @@ VARIANTS = {
             "y_ptr": "*bf16", "low_ptr": "*fp32", "b_ptr": "*fp32", "out_ptr": "*bf16", "columns": "i32", "rank": "i32",
             "scaling": "fp32",
         },
-        {"COLUMNS": 64, "RANK": 16, "ROUND_BFLOAT16": False}, ("y_ptr", "low_ptr", "b_ptr", "out_ptr", "columns", "rank"),
+        {"COLUMNS": 64, "RANK": 16, "ADD": True, "ROUND_BFLOAT16": False}, ("y_ptr", "low_ptr", "b_ptr", "out_ptr", "columns", "rank"),
     ),
+    "sums and LayerNorm of one token": one_token_sums(),
+    "sums and LayerNorm of one token, early": one_token_sums(EARLY=True, capabilities=(90,)),
+    "attention and GELU of one token": between_products(),
+    "attention and GELU of one token, early": between_products(EARLY=True, capabilities=(90,)),
     "int8, one row": int8_one_row(),
     "int8, one row of any length": int8_one_row(False),
     # Tensor cores multiply from 8.0 on; without them the op decodes, or goes row by row.
