@@ -110,26 +110,25 @@ def _attend(
     while begin < place:
         token = begin + key
         seen = (token < place) & (tl.load(visible_ptr + row * length + token, mask=token < length, other=0) != 0)
-        at = kept + token[None, :] * SIZE + column[:, None]
-        k0 = tl.load(keys_ptr + at, mask=seen[None, :], other=0.0)
-        k1 = tl.load(keys_ptr + at + HALF, mask=seen[None, :], other=0.0)
+        at = kept + token[:, None] * SIZE + column[None, :]
+        keys0 = tl.trans(tl.load(keys_ptr + at, mask=seen[:, None], other=0.0))
+        keys1 = tl.trans(tl.load(keys_ptr + at + HALF, mask=seen[:, None], other=0.0))
+        values0 = tl.load(values_ptr + at, mask=seen[:, None], other=0.0)
+        values1 = tl.load(values_ptr + at + HALF, mask=seen[:, None], other=0.0)
         if PLAIN:
-            k0, k1 = k0.to(tl.float32), k1.to(tl.float32)
-        score = tl.dot(q0, k0, input_precision="ieee") + tl.dot(q1, k1, input_precision="ieee")
+            keys0, keys1 = keys0.to(tl.float32), keys1.to(tl.float32)
+        score = tl.dot(q0, keys0, input_precision="ieee") + tl.dot(q1, keys1, input_precision="ieee")
         score = tl.where(seen[None, :], score * scale, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
         share = tl.exp(score - higher[:, None])
         fade = tl.exp(top - higher)
         weight = weight * fade + tl.sum(share, axis=1)
-        at = kept + token[:, None] * SIZE + column[None, :]
-        v0 = tl.load(values_ptr + at, mask=seen[:, None], other=0.0)
-        v1 = tl.load(values_ptr + at + HALF, mask=seen[:, None], other=0.0)
         if PLAIN:
-            v0, v1 = v0.to(tl.float32), v1.to(tl.float32)
+            values0, values1 = values0.to(tl.float32), values1.to(tl.float32)
         else:
             share = share.to(dtype)
-        sum0 = sum0 * fade[:, None] + tl.dot(share, v0, input_precision="ieee")
-        sum1 = sum1 * fade[:, None] + tl.dot(share, v1, input_precision="ieee")
+        sum0 = sum0 * fade[:, None] + tl.dot(share, values0, input_precision="ieee")
+        sum1 = sum1 * fade[:, None] + tl.dot(share, values1, input_precision="ieee")
         top = higher
         begin += KEYS
     out = attended_ptr + (row * kv_heads + kv) * group * SIZE + head * SIZE + half
