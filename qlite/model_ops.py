@@ -123,7 +123,7 @@ declare(
 on_cuda("lora_update", _lora_update_cuda)
 
 
-# One token a row (one_token.py). The lists of a weight are codes, absmax, with double quantization its scale and offset, levels.
+# One token a row (one_token.py). A weight is the list of its codes, absmax, scale and offset of those if there are, levels.
 
 
 def _two_products(xs: list[Tensor], one: list[Tensor], other: list[Tensor], block_size: int) -> Tensor:

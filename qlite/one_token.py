@@ -30,8 +30,8 @@ def between_products(
     """Returns what the heads attend to (B, heads * head_dim) and GELU of `up` (B, ffn), in the dtype of the cache.
 
     Args:
-        fused: parts of the product query_key_value (B, (heads + 2 kv_heads) * head_dim): groups of some queries, a key, a value.
-        up: parts of the product dense_h_to_4h (B, ffn).
+        fused: parts of query_key_value (B, (heads + 2 kv_heads) * head_dim): groups of some queries, a key and a value.
+        up: parts of dense_h_to_4h (B, ffn).
         cos, sin: (B or 1, head_dim / 2), of the new tokens' positions, in the dtype of the cache.
         keys, values: (B, kv_heads, max_length, head_dim), the cache of this layer, whose places before `at` may be filled; the
             new token's are stored at `at`.

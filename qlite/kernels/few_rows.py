@@ -78,7 +78,7 @@ def _load_step(
     """Reads a step: the words of rows g and g + 8 in two chunks and what the scales are made of."""
     lane, warp_id, warp, lane_row, word, _ = lanes
     codes_ptr, _, absmax_ptr, scale_ptr, _ = pointers
-    group, step, rows, blocks, absmax_a_row, far, second = _place(group, step, shape, deltas, MODE)
+    group, step, rows, blocks, absmax_a_row, far, _ = _place(group, step, shape, deltas, MODE)
     if SPLIT:
         row, own_row = group * 16 + lane_row, group * 16 + lane // 4
         chunk, own_chunk = (step * WARPS + warp) * 2, (step * WARPS + warp_id) * 2
@@ -110,13 +110,11 @@ def _load_step(
 
 
 @triton.jit
-def _load_x(
-    group, step, live, shape, deltas, lanes, pointers, SPLIT: tl.constexpr, WARPS: tl.constexpr, MODE: tl.constexpr
-):
+def _load_x(group, step, live, shape, deltas, lanes, pointers, SPLIT: tl.constexpr, WARPS: tl.constexpr, MODE: tl.constexpr):
     """Reads the columns of x that meet a step's words, in two chunks."""
     _, _, warp, lane_row, word, x_used = lanes
     _, x_at, _, _, x_rows = pointers
-    group, step, rows, blocks, absmax_a_row, far, second = _place(group, step, shape, deltas, MODE)
+    _, step, _, blocks, _, far, second = _place(group, step, shape, deltas, MODE)
     chunk = (step * WARPS + warp) * 2 if SPLIT else warp * 0 + step * 2
     x_row = x_rows[0]
     if MODE == SUMMED:
@@ -247,8 +245,8 @@ def _store(
 
 @triton.jit
 def _plain_range(
-    start, stop, group, step, program, programs, steps, total_steps, shape, deltas, offsets, rows, pointers, dynamic_ptr, levels_ptr,
-    bias_ptr, y_ptr,
+    start, stop, group, step, program, programs, steps, total_steps, shape, deltas, offsets, rows, pointers, dynamic_ptr,
+    levels_ptr, bias_ptr, y_ptr,
     MODE: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, RATIO: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -274,8 +272,8 @@ def _plain_range(
 
 @triton.jit
 def _tensor_core_range(
-    start, stop, group, step, program, programs, steps, total_steps, shape, deltas, offsets, rows, pointers, dynamic_ptr, levels_ptr,
-    bias_ptr, y_ptr,
+    start, stop, group, step, program, programs, steps, total_steps, shape, deltas, offsets, rows, pointers, dynamic_ptr,
+    levels_ptr, bias_ptr, y_ptr,
     MODE: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, RATIO: tl.constexpr, BIAS: tl.constexpr,
     EARLY: tl.constexpr, TABLE: tl.constexpr, PAIRS: tl.constexpr, RAW: tl.constexpr, SCALES: tl.constexpr,
     PRODUCT: tl.constexpr, SUM: tl.constexpr, FENCE: tl.constexpr, LEVELS_AT: tl.constexpr, SUM_AT: tl.constexpr,
@@ -363,13 +361,13 @@ def _few_rows_kernel(
     pointers = codes_ptr, x_ptr, absmax_ptr, scale_ptr, (x_row0, x_row1)
     if PLAIN:
         _plain_range(
-            start, stop, group, step, program, programs, steps, total_steps, shape, deltas, offsets, rows, pointers, dynamic_ptr,
-            levels_ptr, bias_ptr, y_ptr, MODE, SPLIT, PARTS, WARPS, RATIO, DOUBLE_QUANT, BIAS,
+            start, stop, group, step, program, programs, steps, total_steps, shape, deltas, offsets, rows, pointers,
+            dynamic_ptr, levels_ptr, bias_ptr, y_ptr, MODE, SPLIT, PARTS, WARPS, RATIO, DOUBLE_QUANT, BIAS,
         )  # fmt: skip
     else:
         _tensor_core_range(
-            start, stop, group, step, program, programs, steps, total_steps, shape, deltas, offsets, rows, pointers, dynamic_ptr,
-            levels_ptr, bias_ptr, y_ptr, MODE, SPLIT, PARTS, WARPS, RATIO, BIAS, EARLY, TABLE, PAIRS, RAW, SCALES, PRODUCT,
+            start, stop, group, step, program, programs, steps, total_steps, shape, deltas, offsets, rows, pointers,
+            dynamic_ptr, levels_ptr, bias_ptr, y_ptr, MODE, SPLIT, PARTS, WARPS, RATIO, BIAS, EARLY, TABLE, PAIRS, RAW, SCALES, PRODUCT,
             SUM, FENCE, LEVELS_AT, SUM_AT,
         )  # fmt: skip
 
@@ -439,7 +437,8 @@ def _launch(xs: list[Tensor], weights: list, mode: int, bias: Tensor | None, y: 
     unit = 2 if plain else 1  # of x's elements in a word
     _few_rows_kernel[(min(tile.programs, most),)](
         xs[0], codes, absmax, scale, offset, others[3], dynamic, levels, bias, y,
-        _distance(codes, others[0]), _distance(xs[0], xs[-1]) // unit, _distance(absmax, others[1]), _distance(scale, others[2]),
+        _distance(codes, others[0]), _distance(xs[0], xs[-1]) // unit, _distance(absmax, others[1]),
+        _distance(scale, others[2]),
         xs[0].shape[0], xs[0].shape[1] // unit, xs[-1].shape[1] // unit, groups0, steps0, out0, out1, blocks0, blocks1,
         absmax.shape[1], others[1].shape[1], steps, groups * steps,
         MODE=mode, SPLIT=tile.split, PARTS=tile.parts, WARPS=warps, **constants, EARLY=tile.early and not plain, **assembly,

@@ -1,4 +1,4 @@
-"""Triton kernels of what lies between a Falcon block's products for one more token a row: sums of parts, LayerNorm, attention, GELU.
+"""Triton kernels of what lies between a Falcon block's products for one more token a row: sums, LayerNorm, attention, GELU.
 
 Each launch costs more than its work. So each kernel adds up the parts that the products before it left (few_rows.py), and
 does all that there is to do before the next products. Sums are rounded to the dtype of the activations, as a product of its own
@@ -16,7 +16,7 @@ from qlite.kernels import tiles
 from qlite.kernels.few_rows import round_to
 
 #: Query heads that a program attends with, keys that it reads at a time, and columns that one applies GELU to.
-HEADS, KEYS, COLUMNS = 16, 64, 1024
+HEADS, KEYS, COLUMNS = 16, 256, 2048
 
 
 @triton.jit
@@ -32,7 +32,8 @@ def _sum_parts(first_ptr, more_ptr, at, more_at, stride, more_stride, there, PAR
 
 @triton.jit
 def _add_norm_kernel(
-    x_ptr, parts_ptr, more_ptr, weight_ptr, bias_ptr, sum_ptr, y_ptr, columns, stride, row_stride, more_stride, more_row_stride, eps,
+    x_ptr, parts_ptr, more_ptr, weight_ptr, bias_ptr, sum_ptr, y_ptr, columns, stride, row_stride, more_stride, more_row_stride,
+    eps,
     PARTS: tl.constexpr, MORE: tl.constexpr, BLOCK: tl.constexpr, PLAIN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -186,7 +187,7 @@ def add_norm(x: Tensor, parts: list[Tensor], weight: Tensor, bias: Tensor, eps: 
     if rows:
         _add_norm_kernel[(rows,)](
             x, *pointers, weight, bias, total, normed, columns, stride, row, more_stride, more_row, eps,
-            PARTS=count, MORE=more, BLOCK=triton.next_power_of_2(columns), PLAIN=plain, EARLY=early, num_warps=16, **options,
+            PARTS=count, MORE=more, BLOCK=triton.next_power_of_2(columns), PLAIN=plain, EARLY=early, num_warps=32, **options,
         )  # fmt: skip
     return total, normed
 
@@ -207,6 +208,6 @@ def between(
             *of_fused[0], *of_up[0], cos, sin, keys, values, at, visible.view(torch.int8), attended, activated,
             *of_fused[1], *of_up[1], chunks, kv_heads, group, length, 0 if cos.shape[0] == 1 else size // 2, ffn, size**-0.5,
             FUSED=of_fused[2][0], MORE_FUSED=of_fused[2][1], UP=of_up[2][0], MORE_UP=of_up[2][1], SIZE=size, HEADS=HEADS,
-            KEYS=KEYS, COLUMNS=COLUMNS, PLAIN=plain, EARLY=early, num_warps=4, num_stages=1, enable_fp_fusion=False, **options,
+            KEYS=KEYS, COLUMNS=COLUMNS, PLAIN=plain, EARLY=early, num_warps=8, num_stages=1, enable_fp_fusion=False, **options,
         )  # fmt: skip
     return attended, activated

@@ -5,9 +5,9 @@ A byte holds the codes of two neighbouring weights. `table` puts the decoded pai
 `scaled_pairs` look up the four bytes of a word. One dp4a makes an address of a byte: byte * 128 + (table + place of the
 thread's copy). Each look-up yields what a tensor core takes: two 16-bit weights in one register.
 
-`product` and the sums work on Triton tensors of shape (8 * warps, 16), of which a thread holds four neighbours of a row: threads
-4 g to 4 g + 3 of a warp hold row g. That is the arrangement of the operands of mma.sync
-(PTX ISA, "Matrix fragments for mma.m16n8k16"), and how Triton lays out a tensor that is read 16 bytes at a time.
+`product` and the sums work on Triton tensors of shape (8 * warps, 16), of which a thread holds four neighbours of a row:
+threads 4 g to 4 g + 3 of a warp hold row g. That is the arrangement of the operands of mma.sync (PTX ISA, "Matrix fragments
+for mma.m16n8k16"), and how Triton lays out a tensor that is read 16 bytes at a time.
 
 Not done here: anything that Triton's interpreter could run; those files have the same in plain Triton beside each.
 """

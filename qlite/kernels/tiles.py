@@ -102,14 +102,14 @@ def table(capability: tuple[int, int]) -> list[tuple[int, int, Tile]]:
 #: Two weights in one launch: results beside each other, and added.
 _TWO = {
     "stacked": Tile("few rows", 3, 4, split=False, parts=4, registers=168),
-    "summed": Tile("few rows", 3, 4, split=False, parts=10, registers=168),
+    "summed": Tile("few rows", 3, 4, split=False, parts=8, registers=168),
 }
 
 
 @functools.lru_cache(16)
 def two_products(how: str, device: torch.device) -> Tile:
     """Returns how to multiply by two encoded weights at once, "stacked" or "summed"."""
-    capability, multiprocessors = _properties(device)
+    _, multiprocessors = _properties(device)
     return dataclasses.replace(_TWO[how], programs=_TWO[how].programs * multiprocessors, early=early(device))
 
 

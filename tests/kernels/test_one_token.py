@@ -33,10 +33,18 @@ def in_float64(parts):
 
 
 @given(
-    st.integers(0, 3), st.sampled_from([1, 48, 100, 1000]), dtypes, st.sampled_from([[1], [4], [1, 1], [10, 2]]), st.integers(0, 9)
+    st.integers(0, 3),
+    st.sampled_from([1, 48, 100, 1000]),
+    dtypes,
+    st.sampled_from([[1], [4], [1, 1], [10, 2]]),
+    st.integers(0, 9),
 )
 def test_a_sum_and_its_norm_are_those_of_float64(rows, columns, dtype, counts, seed):
-    x, weight, bias = draw(rows, columns, dtype=dtype, seed=seed), draw(columns, dtype=dtype, seed=1), draw(columns, dtype=dtype)
+    x, weight, bias = (
+        draw(rows, columns, dtype=dtype, seed=seed),
+        draw(columns, dtype=dtype, seed=1),
+        draw(columns, dtype=dtype),
+    )
     parts = parts_of(counts, rows, columns, dtype, seed)
     total, normed = kernels.add_norm(x, parts, weight, bias, 1e-5)
     wanted = x.double() + sum(part.double().sum(0) for part in parts)
@@ -95,7 +103,9 @@ def test_attention_and_gelu_are_those_of_float64(batch, kv_heads, group, size, l
     st.integers(1, 150), st.integers(1, 150), st.integers(1, 6), st.integers(1, 9), st.integers(1, 4), st.booleans(),
     st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([64, 128]), st.booleans(), tables, st.integers(0, 9),
 )  # fmt: skip
-def test_two_products_are_those_of_float64(out0, out1, blocks0, blocks1, rows, stacked, dtype, block, double_quant, levels, seed):
+def test_two_products_are_those_of_float64(
+    out0, out1, blocks0, blocks1, rows, stacked, dtype, block, double_quant, levels, seed
+):
     if stacked:
         blocks1 = blocks0
     else:
@@ -113,4 +123,6 @@ def test_two_products_are_those_of_float64(out0, out1, blocks0, blocks1, rows, s
     sizes = [x.double().abs() @ w.abs().T for x, w in zip(left, right)]
     wanted, size = (torch.cat(t, 1) if stacked else t[0] + t[1] for t in (products, sizes))
     # One rounding of each weight, and float32 sums.
-    assert ((found.double().sum(0) - wanted).abs() <= (UNIT[dtype] + 2.0**-24 * 64 * (blocks0 + blocks1)) * 1.01 * size + 1e-7).all()
+    assert (
+        (found.double().sum(0) - wanted).abs() <= (UNIT[dtype] + 2.0**-24 * 64 * (blocks0 + blocks1)) * 1.01 * size + 1e-7
+    ).all()

@@ -146,7 +146,14 @@ def few_rows(dtype=torch.bfloat16, double_quant=True, bias=False, plain=False, m
     }  # fmt: skip
     constants |= {"RATIO": 1, "DOUBLE_QUANT": double_quant, "BIAS": bias, "WARPS": tile.warps, "LEVELS_AT": ptx.PAIRS}
     constants |= {} if bias else {"bias_ptr": None}
-    aligned = [key for key in signature if key.endswith("_ptr")] + ["codes_delta", "x_delta", "x_row0", "x_row1", "rows0", "rows1"]
+    aligned = [key for key in signature if key.endswith("_ptr")] + [
+        "codes_delta",
+        "x_delta",
+        "x_row0",
+        "x_row1",
+        "rows0",
+        "rows1",
+    ]
     options = {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": True}
     registers = rest.pop("registers", None)
     options |= {"maxnreg": registers} if registers else {}
@@ -210,11 +217,9 @@ def one_token_sums(capabilities=CAPABILITIES, **constants):
         **dict.fromkeys(("weight_ptr", "bias_ptr", "sum_ptr", "y_ptr"), "*bf16"),
         **dict.fromkeys(("columns", *strides), "i32"), "eps": "fp32",
     }  # fmt: skip
-    constants = {"PARTS": 10, "MORE": 1, "BLOCK": 8192, "PLAIN": False, "EARLY": False, **constants}
+    constants = {"PARTS": 8, "MORE": 1, "BLOCK": 8192, "PLAIN": False, "EARLY": False, **constants}
     aligned = tuple(name for name in signature if name != "eps")
-    return Variant(
-        "one_token", "_add_norm_kernel", signature, constants, aligned, {"num_warps": 16}, capabilities=capabilities
-    )
+    return Variant("one_token", "_add_norm_kernel", signature, constants, aligned, {"num_warps": 32}, capabilities=capabilities)
 
 
 def between_products(capabilities=CAPABILITIES, **constants):
@@ -224,10 +229,10 @@ def between_products(capabilities=CAPABILITIES, **constants):
     integers = dict.fromkeys((*names, "chunks", "kv_heads", "group", "length", "cos_stride", "ffn"), "i32")
     signature = {**pointers, "at_ptr": "*i64", "visible_ptr": "*i8", **integers, "scale": "fp32"}
     constants = {
-        "FUSED": 4, "MORE_FUSED": 1, "UP": 4, "MORE_UP": 0, "SIZE": 64, "HEADS": 16, "KEYS": 64, "COLUMNS": 1024, "PLAIN": False,
+        "FUSED": 4, "MORE_FUSED": 1, "UP": 4, "MORE_UP": 0, "SIZE": 64, "HEADS": 16, "KEYS": 256, "COLUMNS": 2048, "PLAIN": False,
         "EARLY": False, **constants,
     }  # fmt: skip
-    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+    options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
     aligned = (*pointers, "at_ptr", *names, "length")
     return Variant("one_token", "_between_kernel", signature, constants, aligned, options, capabilities=capabilities)
 
@@ -278,9 +283,7 @@ TENSOR_CORES = tuple(capability for capability in CAPABILITIES if capability >= 
 #: Instructions a weight. 256 rows: two registers spill before the loop, and with a bias 28 around it, once a tile; with half
 #: the rows a tile it takes a tenth longer.
 BUDGETS = {16: 3.2, 32: 3.8, 64: 5.4, 128: 6.1, 256: 8.6}
-HOPPER, AMPERE = (
-    {most: tile for most, _, tile in tiles.table(of) if tile.method == "small batch"} for of in ((9, 0), (8, 6))
-)
+HOPPER, AMPERE = ({most: tile for most, _, tile in tiles.table(of) if tile.method == "small batch"} for of in ((9, 0), (8, 6)))
 STACKED, SUMMED = (tiles.two_products(how, torch.device("cpu")) for how in ("stacked", "summed"))
 VARIANTS = {
     "dequantize": dequantize(budget=9.2),
