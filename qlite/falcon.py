@@ -207,7 +207,7 @@ class _Block(nn.Module):
         # The two branches are added first, as in the published model: in bfloat16 the order shows.
         return x + (self.mlp(self.ln_mlp(x) if self.two_norms else normed) + attended)
 
-    # The same in the parts that recompute.py divides it into: mlp.wide is between them.
+    # The same in the parts that recompute.py divides it into.
 
     def inner(self, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Returns the heads' output, in a sequential block the sum after attention, and what the MLP reads: (B, T, hidden)."""
@@ -219,14 +219,16 @@ class _Block(nn.Module):
         x = x + self.self_attention.dense(heads)
         return x, self.post_attention_layernorm(x)
 
-    def outer(self, x: Tensor, first: Tensor, wide: Tensor) -> Tensor:
-        """Returns the block's (B, T, hidden). first: what `inner` returned first; wide: (B, T, ffn)."""
-        if not self.parallel:
-            return first + self.mlp.dense_4h_to_h(wide)
-        return x + (self.mlp.dense_4h_to_h(wide) + self.self_attention.dense(first))
+    def attended(self, first: Tensor) -> Tensor:
+        """Returns what attention adds, in a sequential block the sum after it, of what `inner` returned first."""
+        return self.self_attention.dense(first) if self.parallel else first
+
+    def joined(self, x: Tensor, attended: Tensor, product: Tensor) -> Tensor:
+        """Returns the block's result. x: its input; product: the MLP's."""
+        return x + (product + attended) if self.parallel else attended + product
 
     def ends(self) -> list[nn.Module]:
-        """Returns the linears that `outer` calls."""
+        """Returns the linears that come after `inner` and mlp.wide."""
         return [self.mlp.dense_4h_to_h, *([self.self_attention.dense] if self.parallel else [])]
 
     def hooked(self) -> bool:

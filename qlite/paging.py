@@ -99,7 +99,7 @@ class Pager:
         Args:
             pieces: parts of buffers; no two of one call may overlap.
         """
-        computing = Lane.computing(self.device)
+        computing = self._computing()
         parts = [piece.parts() for piece in pieces]
         size = max((sum(part.nbytes for part in piece.values()) for piece in parts), default=0)
         slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(min(SLOTS, len(pieces)))]
@@ -134,6 +134,9 @@ class Pager:
         for host, visitor in slot.copies(piece, parts):
             self._fetching.copy(visitor, host)
         slot.arrived = self._fetching.mark()
+
+    def _computing(self) -> Lane:
+        return Lane.computing(self.device)
 
 
 class _Slot:

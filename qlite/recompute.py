@@ -59,14 +59,15 @@ class Recomputation:
         """Returns what block(x, *arguments) does.
 
         Args:
-            block: has inner(x, *arguments) -> (first, normed), outer(x, first, wide), mlp.wide(normed), ends() and
-                hooked(). x: (B, T, hidden).
+            block: has inner(x, *arguments) -> (first, normed), attended(first), joined(x, attended, product), mlp with
+                wide(normed) and dense_4h_to_h, ends() and hooked(). x: (B, T, hidden).
         """
         if block.hooked():
             return self.again(block.forward, x, *arguments)
         if self.mode == "selective":
             first, normed = self.again(block.inner, x, *arguments)
-            return block.outer(x, first, block.mlp.wide(normed))
+            attended = block.attended(first)  # before the MLP, as ever: dropout draws in this order
+            return block.joined(x, attended, block.mlp(normed))
         # An adapter keeps its input, and one over the wide matrix more than all the rest: it has to be inside.
         if any(parameter.requires_grad for end in block.ends() for parameter in end.parameters()):
             return self.again(block.forward, x, *arguments)
@@ -75,7 +76,8 @@ class Recomputation:
             first, normed = block.inner(x, *arguments)
             return first, block.mlp.wide(normed)
 
-        return block.outer(x, *self.again(up_to_the_ends, x, *arguments))
+        first, wide = self.again(up_to_the_ends, x, *arguments)
+        return block.joined(x, block.attended(first), block.mlp.dense_4h_to_h(wide))
 
     def again(self, part: Callable, x: Tensor, *arguments: Any) -> Any:
         """Returns part(x, *arguments), of which x alone is kept."""
@@ -201,7 +203,7 @@ class BlockInputs:
 
     def put(self, x: Tensor) -> int:
         """Returns the number of the next layer, whose input x is; nothing may write to x while its block computes."""
-        computing, layer, x = Lane.computing(self.device), self.count, x.detach()
+        computing, layer, x = self._computing(), self.count, x.detach()
         self.count += 1
         if self.going is not None:
             computing.after(self.going[1])
@@ -220,13 +222,16 @@ class BlockInputs:
 
     def take(self, layer: int) -> Tensor:
         """Returns the input of a layer, without history, and has that of the one before begin its way back."""
-        computing = Lane.computing(self.device)
+        computing = self._computing()
         for wanted in (layer, layer - 1):
             if wanted in self.away and wanted not in self.here:
                 self._fetch(wanted, computing)
         x, arrived = self.here.pop(layer) if layer in self.away else self.here[layer]
         computing.after(arrived)
         return x.detach()
+
+    def _computing(self) -> Lane:
+        return Lane.computing(self.device)
 
     def _fetch(self, layer: int, computing: Lane) -> None:
         slot, shape, dtype = self.away[layer]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlite.paging import SLOTS, PagedBuffer, Pager, Piece, Lane
+from qlite.paging import SLOTS, Lane, PagedBuffer, Pager, Piece
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
