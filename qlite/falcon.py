@@ -235,7 +235,7 @@ class _Block(nn.Module):
         """Whether attention or MLP has a hook, for which it has to be called whole."""
         tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         own = any(getattr(module, table) for module in (self.self_attention, self.mlp) for table in tables)
-        return own or nn.modules.module._has_any_global_hook()
+        return own or bool(nn.modules.module._has_any_global_hook())
 
 
 class _Transformer(nn.Module):
