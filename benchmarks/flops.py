@@ -1,5 +1,8 @@
 """The products of a training step, in floating-point operations, told apart: those of the model, and those that a GPU makes.
 
+    python -m benchmarks.flops                    # Falcon-7B: what each way to checkpoint keeps and computes; no GPU, a minute
+    python -m benchmarks.flops --model 40b --settings 1x512
+
 "Model" is what any program has to do: a token is multiplied by every frozen weight forward and for the gradient of its input,
 and attention makes two products forward and four backward, of the half that a causal mask leaves. "Hardware" is what runs: what
 is computed again for the backward pass, flash attention's fifth product backward, the adapters. It is counted, not derived:
@@ -11,12 +14,18 @@ Not counted: what is no product (norms, GELU, decoding, softmax, the optimizer).
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlite
+from benchmarks.common import table
+from benchmarks.falcon7b import CONFIGS, SHARED
 from qlite.graphs import StepGraphs
+from qlite.recompute import MODES
 
 #: Where the left factor is among the arguments; the right one is as wide as the result.
 PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1}
@@ -90,3 +99,43 @@ def hardware_flops(
     with StepGraphs(model.train(), qlite.lora_parameters(model)) as steps, products:
         steps.run(ids, ids.flatten())
     return products.flops
+
+
+def kept_bytes(config: qlite.FalconConfig, rows: int, tokens: int, mode: bool | str) -> float:
+    """Returns what a block more takes of GPU memory at the peak of a step, in bytes a token."""
+    few, many = (
+        qlite.estimate(
+            dataclasses.replace(config, num_hidden_layers=layers), lora=qlite.LoRAConfig.qlora_2023(), batch_size=rows,
+            tokens=tokens, gradient_checkpointing=mode,
+        ).activations
+        for layers in (4, 12)
+    )  # fmt: skip
+    return (many - few) / 8 / rows / tokens
+
+
+def costs(config: qlite.FalconConfig, rows: int, tokens: int, mode: bool | str) -> tuple[str, ...]:
+    """Returns bytes a token and block, GiB on the GPU and on the host, and GFLOP a token: the model's, those made."""
+    lora = qlite.LoRAConfig.qlora_2023()
+    found = qlite.estimate(config, lora=lora, batch_size=rows, tokens=tokens, gradient_checkpointing=mode)
+    step = model_flops(config, rows, tokens), hardware_flops(config, rows, tokens, mode, lora)
+    memory = f"{found.peak / 2**30:.2f}", f"{found.host / 2**30:.2f}"
+    return f"{kept_bytes(config, rows, tokens, mode):,.0f}", *memory, *(f"{one / rows / tokens / 1e9:.2f}" for one in step)
+
+
+def main() -> None:
+    """Prints what each way to checkpoint costs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=CONFIGS, default="7b")
+    parser.add_argument("--settings", default="1x512,4x2048", help="rows x tokens, joined by commas")
+    options = parser.parse_args()
+    config = qlite.FalconConfig.from_dict({**CONFIGS[options.model], **SHARED})
+    lines = []
+    for setting in options.settings.split(","):
+        rows, tokens = (int(part) for part in setting.split("x"))
+        lines += [(setting, name, *costs(config, rows, tokens, mode)) for name, mode in MODES.items()]
+    head = ("batch", "checkpointing", "bytes/token/block", "GPU GiB", "host GiB", "model GFLOP/token", "made GFLOP/token")
+    print(table(head, lines))
+
+
+if __name__ == "__main__":
+    main()

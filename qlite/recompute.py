@@ -62,6 +62,10 @@ class Recomputation:
             block: has inner(x, *arguments) -> (first, normed), attended(first), joined(x, attended, product), mlp with
                 wide(normed) and dense_4h_to_h, ends() and hooked(). x: (B, T, hidden).
         """
+        if not x.requires_grad and not _trained(block):  # nothing is kept, and no backward pass will come by
+            if self.inputs is not None:
+                self.inputs.skip()
+            return block.forward(x, *arguments)
         if block.hooked():
             return self.again(block.forward, x, *arguments)
         if self.mode == "selective":
@@ -69,7 +73,7 @@ class Recomputation:
             attended = block.attended(first)  # before the MLP, as ever: dropout draws in this order
             return block.joined(x, attended, block.mlp(normed))
         # An adapter keeps its input, and one over the wide matrix more than all the rest: it has to be inside.
-        if any(parameter.requires_grad for end in block.ends() for parameter in end.parameters()):
+        if any(map(_trained, block.ends())):
             return self.again(block.forward, x, *arguments)
 
         def up_to_the_ends(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -96,6 +100,10 @@ class Recomputation:
     def _inside(self, part: Callable, x: Tensor, *arguments: Any) -> Any:
         with self.keep():
             return part(x, *arguments)
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def decoded_bytes(block: nn.Module, dtype: torch.dtype) -> int:
@@ -172,6 +180,14 @@ def _lanes(device: torch.device) -> tuple[Lane, Lane]:
     return Lane(streams[0]), Lane(streams[1])
 
 
+def join(device: torch.device) -> None:
+    """Has the computing stream wait for the copies of "offload": a recording that broke off could not end without."""
+    computing = Lane.computing(device)
+    for lane in _lanes(device):
+        lane.after(computing.mark())
+        computing.after(lane.mark())
+
+
 class BlockInputs:
     """The inputs of the blocks of one forward pass, on their way to the host and back.
 
@@ -219,6 +235,10 @@ class BlockInputs:
             self.leaving.copy(home, x)
         self.going = x, self.leaving.mark()
         return layer
+
+    def skip(self) -> None:
+        """Counts a layer whose input no backward pass asks for; there is none after the first that is asked for."""
+        self.count += 1
 
     def take(self, layer: int) -> Tensor:
         """Returns the input of a layer, without history, and has that of the one before begin its way back."""

@@ -31,7 +31,7 @@ from benchmarks import (
     step_plot,
     training_step,
 )  # fmt: skip
-from qlite import nf4, ops
+from qlite import nf4, ops, recompute
 from tests.falcons import FLAVOURS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -339,6 +339,23 @@ def test_a_step_makes_the_products_of_the_model_and_of_its_adapters():
     adapters = 2 * tokens * r * (3 * 3 * (hidden + fused) - hidden)
     absent = 2 * tokens * hidden * (fused + 2 * ffn)
     assert found == 4 * weights * tokens - absent + adapters + 3 * attention + 3 * attention * 5 // 2
+
+
+COSTS = re.findall(
+    r"^\| (\d+) x (\d+) \| (none|full|selective|offload)\b[^|]*\| (.*) \|$", (ROOT / "docs/speed.md").read_text(), re.M
+)
+
+
+def test_the_page_has_the_costs_of_every_way():
+    assert [(rows, tokens, name) for rows, tokens, name, _ in COSTS] == [
+        (*setting, name) for setting in (("1", "512"), ("4", "2048")) for name in ("none", "full", "selective", "offload")
+    ]
+
+
+@pytest.mark.parametrize(("rows", "tokens", "name", "shown"), COSTS)
+def test_costs_in_the_page_are_those_that_are_counted(rows, tokens, name, shown):
+    found = flops.costs(qlite.FalconConfig(), int(rows), int(tokens), recompute.MODES[name])
+    assert shown.split(" | ") == list(found)
 
 
 def test_kernels_are_listed_by_time_with_their_share_and_written_with_where_it_was(tmp_path, monkeypatch, capsys):

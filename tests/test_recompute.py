@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import qlite
-from qlite import recompute
+from qlite import graphs, recompute
 from qlite.data import ASSETS
 from qlite.graphs import StepGraphs
 from qlite.recompute import MODES, BlockInputs, HostMemory
@@ -313,6 +313,22 @@ def test_a_graph_that_is_gone_through_twice_or_in_part_gives_its_slots_back(monk
     assert len(model.host_memory.free) == 3
 
 
+@modes
+def test_blocks_below_the_first_adapter_are_computed_once_and_keep_nothing(mode, monkeypatch):
+    monkeypatch.setattr(recompute, "moves", lambda device: True)
+    model = falcon_of(dataclasses.replace(FLAVOURS["7b"], num_hidden_layers=5)).requires_grad_(False)
+    qlite.add_lora(model, qlite.LoRAConfig(r=2, targets=("query_key_value",), layers=(2, 4)), seed=0)
+    for parameter in qlite.lora_parameters(model):
+        nn.init.constant_(parameter, 0.02)
+    seen = []
+    for number, block in enumerate(model.transformer.h):
+        block.self_attention.query_key_value.register_forward_pre_hook(lambda *_, number=number: seen.append(number))
+    found = gradients(model.train(), mode)
+    assert seen == [0, 1, 2, 3, 4, 4, 3, 2]
+    assert len(model.host_memory.free) == (2 if mode == "offload" else 0)  # of blocks 2 and 3; that of 4 stays
+    same(found, gradients(model, False))
+
+
 def test_without_gradients_or_in_evaluation_nothing_goes_to_the_host(monkeypatch):
     monkeypatch.setattr(recompute, "moves", lambda device: True)
     model = model_of()
@@ -342,7 +358,7 @@ def test_a_slot_is_the_smallest_that_fits_and_copies_of_a_model_have_none():
 @needs_gpu
 @modes
 @pytest.mark.parametrize("flavour", ["7b", "40b", "rw"])
-def test_on_cuda_every_way_gives_the_same_bits(flavour, mode):
+def test_on_cuda_every_way_gives_the_same_gradients(flavour, mode):
     model = model_of(flavour, layers=6).cuda()
     found = []
     for each in (False, mode):
@@ -383,6 +399,38 @@ def test_on_cuda_random_delays_of_the_copies_change_no_bit():
             found.append([p.grad.clone() for p in qlite.lora_parameters(model)])
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+@needs_gpu
+def test_on_cuda_a_recording_that_breaks_off_between_copies_ends_and_the_next_is_made():
+    model = model_of(layers=6).cuda()
+    model.gradient_checkpointing = "offload"
+    ids = tokens_of(model.config, 2, 64).cuda()
+    found = []
+    for broken in (False, True):
+        model.zero_grad()
+        with StepGraphs(model, qlite.lora_parameters(model)) as steps:
+            for number, seed in enumerate(steps.seeds):
+                seed.fill_(100 + number)
+            static = graphs._Static(ids, ids.flatten())
+            if broken:
+                handle = model.transformer.h[3].mlp.dense_h_to_4h.register_forward_hook(no_memory)
+                with pytest.raises(torch.OutOfMemoryError):
+                    steps._record(static)
+                handle.remove()
+            else:
+                steps.run(ids, ids.flatten())  # what is compiled, and the slots
+            for parameter in steps.parameters:
+                parameter.grad.zero_()
+            steps._record(static)
+            static.graph.replay()
+            torch.cuda.synchronize()
+            found.append([parameter.grad.clone() for parameter in steps.parameters])
+    assert all(map(torch.equal, *found)) and all(gradient.any() for gradient in found[0])
+
+
+def no_memory(*_):
+    raise torch.OutOfMemoryError("none left")
 
 
 @needs_gpu
