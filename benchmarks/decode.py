@@ -25,7 +25,8 @@ import qlite
 from benchmarks import peer_falcon
 from benchmarks.common import FAILURES, bf16_peak, copy_bandwidth, need_gpu, record, table, told
 from benchmarks.falcon7b import CONFIGS, SHARED
-from benchmarks.training_step import products, random_model
+from benchmarks.flops import weights_multiplied
+from benchmarks.training_step import random_model
 
 NEW = 129
 
@@ -58,11 +59,11 @@ def measure(config: qlite.FalconConfig, model: Any, batch: int, prompt: int, *, 
     first, whole = seconds_of(lambda: answer(1)), seconds_of(lambda: answer(NEW), 1 if peer else 3)
     step = (whole - first) / (NEW - 1)
     read = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / copy_bandwidth()
-    floor = max(read, 2 * products(config) * batch / bf16_peak())
+    floor = max(read, 2 * weights_multiplied(config) * batch / bf16_peak())
     return {
         "batch": batch, "prompt": prompt, "ms_a_step": round(step * 1e3, 3), "floor_ms": round(floor * 1e3, 3),
         "tokens_per_second": round(batch / step, 1), "first_token_ms": round(first * 1e3, 2),
-        "first_token_floor_ms": round(2e3 * products(config) * batch * prompt / bf16_peak(), 2),
+        "first_token_floor_ms": round(2e3 * weights_multiplied(config) * batch * prompt / bf16_peak(), 2),
         "cold_seconds": round(cold, 2), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
     }  # fmt: skip
 

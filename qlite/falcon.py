@@ -11,158 +11,16 @@ dropout inside the model (every published config has it at zero), loading (check
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from qlite.falcon_config import FalconConfig
 from qlite.model_ops import rotate
-from qlite.operators import decoded_weights_kept, without_derivatives
-
-MODEL_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
-#: Keys of the configs of 2023 and what they are called since.
-OLD_KEYS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
-OLD_KEYS |= {"n_embed": "hidden_size"}
-#: Keys that would change the numbers, and the only values that are supported.
-FIXED = {"hidden_dropout": (0, 0.0), "attention_dropout": (0, 0.0), "activation": ("gelu",)}
-FIXED |= {"apply_residual_connection_post_layernorm": (False,), "rope_scaling": (None,)}
-#: A block that is computed again keeps its decoded weights until its backward pass, which comes at once, if they take no more
-#: bytes than this: all of Falcon-7B's are 413 MB in 16 bits. It saves a third of the decoding.
-MOST_KEPT = 2**29
-
-
-@dataclasses.dataclass(frozen=True)
-class FalconConfig:
-    """The shape of a Falcon, under the names that config.json uses; the defaults are those of Falcon-7B.
-
-    Raises:
-        ValueError: a size below 1, heads that do not divide what they split, an unknown number of norms.
-        TypeError: a field of another type (True is not accepted for 1).
-
-    Example:
-        >>> qlite.FalconConfig(hidden_size=128, num_attention_heads=2, num_hidden_layers=2).head_dim
-        64
-    """
-
-    vocab_size: int = 65024
-    hidden_size: int = 4544
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 71
-    num_kv_heads: int | None = None
-    ffn_hidden_size: int | None = None
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-    rope_theta: float = 10000.0
-    max_position_embeddings: int = 2048
-    alibi: bool = False
-    bias: bool = False
-    multi_query: bool = True
-    parallel_attn: bool = True
-    new_decoder_architecture: bool = False
-    num_ln_in_parallel_attn: int | None = None
-    tie_word_embeddings: bool = True
-    bos_token_id: int = 11
-    eos_token_id: int = 11
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            wanted = str(field.type)
-            fits = {
-                "int": isinstance(value, int) and not isinstance(value, bool),
-                "int | None": value is None or (isinstance(value, int) and not isinstance(value, bool)),
-                "float": isinstance(value, (int, float)) and not isinstance(value, bool),
-                "bool": isinstance(value, bool),
-            }[wanted]
-            if not fits:
-                raise TypeError(f"FalconConfig: {field.name} is {value!r}; wanted {wanted}")
-            least = 0 if field.name.endswith("_id") else 1
-            if wanted.startswith("int") and value is not None and value < least:
-                raise ValueError(f"FalconConfig: {field.name} is {value}; wanted at least {least}")
-            if isinstance(value, (int, float)) and wanted == "float" and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"FalconConfig: {field.name} is {value}; wanted a finite number above 0")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"FalconConfig: num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}"
-            )
-        if self.num_attention_heads % self.kv_heads:
-            raise ValueError(
-                f"FalconConfig: num_kv_heads {self.kv_heads} does not divide num_attention_heads {self.num_attention_heads}"
-            )
-        if not self.alibi and self.head_dim % 2:
-            raise ValueError(f"FalconConfig: rotary positions need an even head size; it is {self.head_dim}")
-        if self.num_ln_in_parallel_attn not in (None, 1, 2):
-            raise ValueError(f"FalconConfig: num_ln_in_parallel_attn is {self.num_ln_in_parallel_attn}; wanted 1 or 2")
-        if self.new_decoder_architecture and not self.parallel_attn:
-            raise ValueError("FalconConfig: new_decoder_architecture with parallel_attn=False is no published Falcon")
-
-    @property
-    def head_dim(self) -> int:
-        """Features of one attention head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Key-value heads: 1 under multi-query, the groups of the new architecture, else one a head."""
-        if self.new_decoder_architecture:
-            return self.num_kv_heads or self.num_attention_heads
-        return 1 if self.multi_query else self.num_attention_heads
-
-    @property
-    def ffn(self) -> int:
-        """Features between the two linears of the MLP."""
-        return self.ffn_hidden_size or 4 * self.hidden_size
-
-    @property
-    def two_norms(self) -> bool:
-        """Whether attention and MLP have a norm each (ln_attn, ln_mlp) though they run in parallel."""
-        return self.new_decoder_architecture and self.num_ln_in_parallel_attn != 1
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FalconConfig:
-        """Returns the config that a parsed config.json describes, with the keys of 2023 or of today.
-
-        Raises:
-            ValueError: no Falcon's model_type, or a setting that is not supported. TypeError: a value of another type.
-        """
-        model_type = values.get("model_type")
-        if model_type not in MODEL_TYPES:
-            raise ValueError(f"config.json: model_type is {model_type!r}; wanted one of {', '.join(MODEL_TYPES)}")
-        for key, allowed in FIXED.items():
-            if key in values and values[key] not in allowed:
-                raise ValueError(f"config.json: {key} is {values[key]!r}; only {allowed[0]!r} is supported")
-        renamed = {OLD_KEYS.get(key, key): value for key, value in values.items() if value is not None}
-        if values.get("n_head_kv") is not None:
-            renamed.setdefault("new_decoder_architecture", True)
-        rope = renamed.get("rope_parameters")
-        if isinstance(rope, Mapping):
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind != "default":
-                raise ValueError(f"config.json: rope_type is {kind!r}; only 'default' is supported")
-            if "rope_theta" in rope:
-                renamed["rope_theta"] = rope["rope_theta"]
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in renamed.items() if key in known})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the config as config.json has it, in the keys that transformers reads."""
-        values = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
-        return {
-            "architectures": ["FalconForCausalLM"],
-            "model_type": "falcon",
-            "activation": "gelu",
-            "attention_dropout": 0.0,
-            "hidden_dropout": 0.0,
-            **values,
-            "num_kv_heads": self.kv_heads,
-            "ffn_hidden_size": self.ffn,
-        }
+from qlite.operators import without_derivatives
+from qlite.recompute import BlockInputs, HostMemory, Recomputation, check_mode, decoded_bytes
 
 
 class KVCache:
@@ -239,6 +97,18 @@ class _Attention(nn.Module):
         at: Tensor | None,
     ) -> Tensor:
         """Returns (B, T, hidden). rotary: (cos, sin); mask: additive or bool (B, 1 or H, T, total), None = causal."""
+        return self.dense(self.heads(x, rotary, mask, layer, cache, at))
+
+    def heads(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        layer: int,
+        cache: KVCache | None,
+        at: Tensor | None,
+    ) -> Tensor:
+        """Returns what the heads attended to, side by side, (B, T, hidden); arguments as in `forward`."""
         batch, length, _ = x.shape
         heads, groups, size = self.config.num_attention_heads, self.config.kv_heads, self.config.head_dim
         # One layout covers all flavours: groups, each of some queries, then its key, then its value.
@@ -250,7 +120,7 @@ class _Attention(nn.Module):
         key, value = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)
         if cache is not None:
             key, value = cache.append(layer, key, value, at)
-        return self.dense(self.attend(query, key, value, mask).transpose(1, 2).reshape(x.shape))
+        return self.attend(query, key, value, mask).transpose(1, 2).reshape(x.shape)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Returns (B, heads, T, head_dim) from query of that shape, key and value (B, kv_heads, total, head_dim)."""
@@ -280,7 +150,11 @@ class _MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (B, T, hidden)."""
-        return self.dense_4h_to_h(nn.functional.gelu(self.dense_h_to_4h(x)))
+        return self.dense_4h_to_h(self.wide(x))
+
+    def wide(self, x: Tensor) -> Tensor:
+        """Returns what the second linear reads, (B, T, ffn)."""
+        return nn.functional.gelu(self.dense_h_to_4h(x))
 
 
 class _LayerNorm(nn.LayerNorm):
@@ -320,8 +194,11 @@ class _Block(nn.Module):
         mask: Tensor | None,
         cache: KVCache | None,
         at: Tensor | None = None,
+        again: Recomputation | None = None,
     ) -> Tensor:
-        """Returns (B, T, hidden)."""
+        """Returns (B, T, hidden). again: computes parts of the block again in the backward pass."""
+        if again is not None:
+            return again(self, x, rotary, mask, cache)
         normed = self.ln_attn(x) if self.two_norms else self.input_layernorm(x)
         attended = self.self_attention(normed, rotary, mask, self.layer, cache, at)
         if not self.parallel:
@@ -330,10 +207,35 @@ class _Block(nn.Module):
         # The two branches are added first, as in the published model: in bfloat16 the order shows.
         return x + (self.mlp(self.ln_mlp(x) if self.two_norms else normed) + attended)
 
+    # The same in the parts that recompute.py divides it into.
 
-def _inside(context: Callable[[], contextlib.AbstractContextManager], block: nn.Module, *arguments: Any) -> Tensor:
-    with context():
-        return block(*arguments)
+    def inner(self, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Returns the heads' output, in a sequential block the sum after attention, and what the MLP reads: (B, T, hidden)."""
+        rotary, mask, cache = arguments
+        normed = self.ln_attn(x) if self.two_norms else self.input_layernorm(x)
+        heads = self.self_attention.heads(normed, rotary, mask, self.layer, cache, None)
+        if self.parallel:
+            return heads, self.ln_mlp(x) if self.two_norms else normed
+        x = x + self.self_attention.dense(heads)
+        return x, self.post_attention_layernorm(x)
+
+    def attended(self, first: Tensor) -> Tensor:
+        """Returns what attention adds, in a sequential block the sum after it, of what `inner` returned first."""
+        return self.self_attention.dense(first) if self.parallel else first
+
+    def joined(self, x: Tensor, attended: Tensor, product: Tensor) -> Tensor:
+        """Returns the block's result. x: its input; product: the MLP's."""
+        return x + (product + attended) if self.parallel else attended + product
+
+    def ends(self) -> list[nn.Module]:
+        """Returns the linears that come after `inner` and mlp.wide."""
+        return [self.mlp.dense_4h_to_h, *([self.self_attention.dense] if self.parallel else [])]
+
+    def hooked(self) -> bool:
+        """Whether attention or MLP has a hook, for which it has to be called whole."""
+        tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        own = any(getattr(module, table) for module in (self.self_attention, self.mlp) for table in tables)
+        return own or bool(nn.modules.module._has_any_global_hook())
 
 
 class _Transformer(nn.Module):
@@ -354,8 +256,10 @@ class Falcon(nn.Module):
 
     Attributes:
         config: FalconConfig.
-        gradient_checkpointing: recompute each block in the backward pass, in training mode, instead of keeping its
-            activations; False at first.
+        gradient_checkpointing: what each block computes again in the backward pass, in training mode, instead of keeping it:
+            nothing (False, at first), all but its input (True; "offload": which waits in host memory), or all but the MLP
+            ("selective"). See recompute.py.
+        host_memory: where inputs wait, under "offload"; freed by `finetune`, or its `clear`.
         preserve_rng_state: recompute a block with the random numbers that it had; False where no module of a block draws any
             from PyTorch's generators. True at first.
 
@@ -370,9 +274,20 @@ class Falcon(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.preserve_rng_state = True
+        self.host_memory = HostMemory()
         self.transformer = _Transformer(config, device=device, dtype=dtype)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
         self.tie_weights()
+
+    @property
+    def gradient_checkpointing(self) -> bool | str:
+        """False, True, "selective" or "offload"; ValueError where it is set to something else."""
+        return self._gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, mode: bool | str) -> None:
+        check_mode(mode)
+        self._gradient_checkpointing = mode
 
     def tie_weights(self) -> None:
         """Makes the head share the embedding's Parameter, where the config ties them."""
@@ -429,10 +344,16 @@ class Falcon(nn.Module):
         slopes = _alibi_slopes(self.config.num_attention_heads, positions.device).bfloat16()
         return ((slopes[None, :, None] * positions[:, None]).to(dtype) / math.sqrt(self.config.head_dim))[:, :, None]
 
-    def _decoded_bytes(self, dtype: torch.dtype) -> int:
-        """Returns the size of a block's encoded weights when they are decoded into a dtype."""
-        encoded = (m for m in self.transformer.h[0].modules() if getattr(m, "encoded", None) is not None)
-        return sum(m.in_features * m.out_features for m in encoded) * dtype.itemsize  # type: ignore[operator]
+    def _recomputation(self, x: Tensor) -> Recomputation | None:
+        """Returns how the blocks are called on x, None: as they are."""
+        mode = self.gradient_checkpointing
+        if not (mode and self.training and torch.is_grad_enabled()):
+            return None
+        blocks = self.transformer.h
+        return Recomputation(
+            mode, decoded=decoded_bytes(blocks[0], x.dtype), preserve_rng_state=self.preserve_rng_state,
+            inputs=BlockInputs(self.host_memory, len(blocks), x.device) if mode == "offload" else None,
+        )  # fmt: skip
 
     def hidden_states(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Returns the final normed hidden states (B, T, hidden), in the parameters' dtype.
@@ -462,16 +383,9 @@ class Falcon(nn.Module):
         positions = self._positions(length, past, attention_mask, input_ids.device)
         rotary = None if self.config.alibi else self._rotary(positions[:, past:], x.dtype)
         mask = self._mask(length, past, attention_mask, positions, x.dtype)
-        again = self.gradient_checkpointing and self.training
-        keep = decoded_weights_kept if again and self._decoded_bytes(x.dtype) <= MOST_KEPT else contextlib.nullcontext
+        again = self._recomputation(x)
         for block in self.transformer.h:
-            if again:
-                x = checkpoint(
-                    _inside, keep, block, x, rotary, mask, cache,
-                    use_reentrant=False, preserve_rng_state=self.preserve_rng_state,
-                )  # fmt: skip
-            else:
-                x = block(x, rotary, mask, cache)
+            x = block(x, rotary, mask, cache, None, again)
         if cache is not None:
             cache.length += length
         return self.transformer.ln_f(x)

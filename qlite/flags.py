@@ -13,6 +13,7 @@ import qlite
 from qlite.data import ASSETS
 from qlite.lora_init import STARTS
 from qlite.nf4 import BLOCK_SIZES
+from qlite.recompute import MODES
 from qlite.saving import LAYOUTS
 from qlite.train import SCHEDULES
 
@@ -62,6 +63,21 @@ def _add_base_flags(parser: argparse.ArgumentParser, device: bool = True) -> Non
         group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
 
 
+class _Mode(argparse.Action):
+    """Stores what Falcon has for the name of a way to checkpoint, and for none where the flag stands alone."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, flag: str | None = None):
+        setattr(namespace, self.dest, MODES[values or "full"])
+
+
+def _add_checkpointing(parser: Any, default: bool | None) -> None:
+    what = "what of a block the backward pass computes again; alone: full; offload: as full, what is kept waits in host memory"
+    flag = "--gradient-checkpointing"
+    parser.add_argument(flag, nargs="?", choices=MODES, action=_Mode, default=default, help=what)
+    never = {"action": "store_const", "const": False, "default": argparse.SUPPRESS, "dest": "gradient_checkpointing"}
+    parser.add_argument("--no-gradient-checkpointing", help="as none", **never)
+
+
 def _add_estimate(verbs: Any, says: Mapping[str, str | None]) -> None:
     size = verbs.add_parser("estimate", formatter_class=_Help, help="GPU memory, beforehand", description=says["estimate"])
     _add_base_flags(size, device=False)
@@ -71,7 +87,7 @@ def _add_estimate(verbs: Any, says: Mapping[str, str | None]) -> None:
     size.add_argument("--dora", action="store_true", help="train the norm of each row of the weights too")
     size.add_argument("--batch-size", type=int, default=1, help="questions a batch")
     size.add_argument("--max-length", type=int, default=512, help="tokens of a question and its answer")
-    size.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="as for finetune")
+    _add_checkpointing(size, default=True)
     size.add_argument("--memory", type=float, help="GiB of a card: does it fit, and up to which batch")
     size.set_defaults(alpha=32.0, init="kaiming", rslora=False)  # which cost nothing
 
@@ -107,9 +123,7 @@ def parser(says: Mapping[str, str | None]) -> argparse.ArgumentParser:
     train.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate")
     train.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
     train.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    train.add_argument(
-        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks in the backward pass"
-    )
+    _add_checkpointing(train, default=None)
     train.add_argument(
         "--cuda-graphs", action=argparse.BooleanOptionalAction, help="record forward and backward; None: where it can be done"
     )

@@ -27,6 +27,7 @@ from qlite.cross_entropy import IGNORED, linear_cross_entropy
 from qlite.data import Batch
 from qlite.falcon import Falcon
 from qlite.model_ops import seeded_dropout
+from qlite.recompute import join
 
 #: Tokens of a row are padded to a multiple.
 BUCKET = 64
@@ -187,7 +188,11 @@ class StepGraphs:
     def _record(self, static: _Static) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=capture_stream(self.device)):
-            static.loss = self.run(static.input_ids, static.targets)
+            try:
+                static.loss = self.run(static.input_ids, static.targets)
+            finally:
+                if self.model.gradient_checkpointing == "offload":
+                    join(self.device)
         static.graph, self.pool = graph, graph.pool()
 
     def run(self, input_ids: Tensor, targets: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class MemoryEstimate:
         optimizer: of its moments, where they are on the GPU. activations: what forward and backward need beside all that, at
             their peak, kernels' own memory included. workspace: cuBLAS's.
         peak: the sum.
+        host: pinned host memory that the blocks' inputs wait in under gradient_checkpointing="offload"; no part of the peak.
     """
 
     weights: int
@@ -59,11 +60,12 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     workspace: int
+    host: int = 0
 
     @property
     def peak(self) -> int:
-        """Bytes of all of them together."""
-        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+        """Bytes on the GPU, all of them together."""
+        return sum(dataclasses.astuple(self)) - self.host
 
     @property
     def reserved(self) -> int:
@@ -71,8 +73,10 @@ class MemoryEstimate:
         return self.peak + 5 * GIB // 8 + self.activations // 3
 
     def __str__(self) -> str:
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {"peak": self.peak}
-        return "\n".join(f"{name:12}{size / GIB:9.3f} GiB" for name, size in parts.items())
+        parts = dataclasses.asdict(self)
+        host = parts.pop("host")
+        lines = [f"{name:12}{size / GIB:9.3f} GiB" for name, size in (parts | {"peak": self.peak}).items()]
+        return "\n".join([*lines, f"{'host':12}{host / GIB:9.3f} GiB, pinned, beside the peak"] if host else lines)
 
 
 class _Attention(torch.autograd.Function):
@@ -177,7 +181,7 @@ def estimate(
     dtype: torch.dtype = torch.bfloat16,
     batch_size: int = 1,
     tokens: int = 512,
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: bool | str = True,
     paged: bool = True,
 ) -> MemoryEstimate:
     """Returns what `finetune` takes of GPU memory with an 8-bit AdamW, from a config alone.
@@ -190,7 +194,8 @@ def estimate(
         gradient_checkpointing: as in `Falcon`. paged: the moments are in host memory, as PagedAdamW8bit has them.
 
     Raises:
-        ValueError: batch_size or tokens is below 1, tokens exceed the model's context, or `lora` matches no layer.
+        ValueError: batch_size or tokens is below 1, tokens exceed the model's context, `lora` matches no layer, or
+            gradient_checkpointing is none of Falcon's.
 
     Example:
         >>> config = qlite.FalconConfig(vocab_size=50, hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
@@ -217,6 +222,7 @@ def estimate(
         optimizer=0 if paged else sum(_moments(parameter.numel()) for parameter in trained),
         activations=peak - gradients,
         workspace=CUBLAS_WORKSPACE,
+        host=model.host_memory.nbytes,
     )
 
 

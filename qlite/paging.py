@@ -87,8 +87,8 @@ class Pager:
     def __init__(self, device: torch.device) -> None:
         cuda = device.type == "cuda"
         self.device = device
-        self._fetching = _Lane(torch.cuda.Stream(device) if cuda else None)
-        self._writing = _Lane(torch.cuda.Stream(device) if cuda else None)
+        self._fetching = Lane(torch.cuda.Stream(device) if cuda else None)
+        self._writing = Lane(torch.cuda.Stream(device) if cuda else None)
 
     def visits(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yields `(index, tensors)` for each piece: flat device tensors to read and to change in place.
@@ -135,8 +135,8 @@ class Pager:
             self._fetching.copy(visitor, host)
         slot.arrived = self._fetching.mark()
 
-    def _computing(self) -> _Lane:
-        return _Lane(torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None)
+    def _computing(self) -> Lane:
+        return Lane.computing(self.device)
 
 
 class _Slot:
@@ -163,11 +163,16 @@ class _Slot:
         return [(part, visitors[name]) for name, part in parts.items()]
 
 
-class _Lane:
+class Lane:
     """A queue of copies: a CUDA stream, or program order where there is none (every event is then None)."""
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self.stream = stream
+
+    @classmethod
+    def computing(cls, device: torch.device) -> Lane:
+        """Returns the queue that the arithmetic of a device is in: its current stream."""
+        return cls(torch.cuda.current_stream(device) if device.type == "cuda" else None)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):

@@ -30,10 +30,12 @@ from qlite.cross_entropy import IGNORED, linear_cross_entropy
 from qlite.data import Batch, FAQBatches, format_prompt
 from qlite.decoding import forget
 from qlite.experts import ExpertStack
+from qlite.falcon import Falcon
 from qlite.graphs import StepGraphs, why_not
 from qlite.journal import Journal, draw_losses, figure
 from qlite.linear import QuantizedLinear
 from qlite.optim import AdamW8bit, PagedAdamW8bit
+from qlite.recompute import check_mode
 from qlite.storage import replace_file
 
 OURS = (AdamW8bit, PagedAdamW8bit)
@@ -256,7 +258,7 @@ def _facts(model: nn.Module, run: saved_run.Run, settings: dict[str, Any], losse
             **{key: group[key] for key in shown if key in group},
         },
         **{key: settings[key] for key in ("steps", "accumulate", "schedule", "warmup", "max_grad_norm", "seed", "cuda_graphs")},
-        "gradient_checkpointing": bool(getattr(model, "gradient_checkpointing", False)),
+        "gradient_checkpointing": getattr(model, "gradient_checkpointing", False),
         "loss": {"first": losses[0], "last": losses[-1]},
     }
     if isinstance(run.batches, FAQBatches):
@@ -285,6 +287,7 @@ def finetune(
     seed: int = 0,
     progress: bool = True,
     cuda_graphs: bool | None = None,
+    gradient_checkpointing: bool | str | None = None,
 ) -> TrainResult:
     """Returns the losses of a run that trained the model's parameters with requires_grad, in place.
 
@@ -306,10 +309,13 @@ def finetune(
         progress: show a line with loss, learning rate, tokens per second and peak GPU memory.
         cuda_graphs: record forward and backward of each shape of batch, so that Python's time is paid once (graphs.py);
             batches are padded to a multiple of 64 tokens, and dropout draws other masks. None: where it can be.
+        gradient_checkpointing: False, True, "selective" or "offload", as `Falcon.gradient_checkpointing`, which is as before
+            after the call; None: as it is.
 
     Raises:
         ValueError: an option out of its range, no trainable parameter, an encoder-decoder, a checkpoint of another run
-            (the differences are listed), or cuda_graphs=True for a model whose steps cannot be recorded.
+            (the differences are listed), cuda_graphs=True for a model whose steps cannot be recorded, or
+            gradient_checkpointing for another model than Falcon.
         FloatingPointError: ten steps in a row without a finite loss and gradient.
 
     Example:
@@ -323,6 +329,7 @@ def finetune(
         steps = math.ceil(epochs * len(batches) / accumulate)
     steps = 80 if steps is None else steps
     trained = _trained_parameters(model, optimizer)
+    checkpointing = _checkpointing(model, gradient_checkpointing)
     reason = why_not(model)
     if cuda_graphs and reason:
         raise ValueError(f"finetune: cuda_graphs is True, but {reason}; leave it out, or None")
@@ -337,7 +344,7 @@ def finetune(
     device, modes = run.device, [(module, module.training) for module in model.modules()]
     for parameter in trained.values():
         parameter.grad = None  # a call that was interrupted may have left a part of a window's gradient
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with checkpointing, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         # Not torch.manual_seed, which seeds the generators of all devices: those are not put back.
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
@@ -366,6 +373,31 @@ def finetune(
                 group["lr"] = peak
             if isinstance(optimizer, OURS):
                 optimizer.grad_scale = None
+
+
+def _checkpointing(model: nn.Module, mode: bool | str | None) -> contextlib.AbstractContextManager[None]:
+    """Returns in what a Falcon computes its blocks again as `mode` says, None: as it does; ValueError for what cannot be."""
+    if not isinstance(model, Falcon):
+        if mode is not None:
+            raise ValueError(
+                f"finetune: gradient_checkpointing is of qlite.Falcon; {type(model).__name__} has a switch of its own, such as "
+                "transformers' model.gradient_checkpointing_enable()"
+            )
+        return contextlib.nullcontext()
+    before = model.gradient_checkpointing
+    mode = before if mode is None else mode
+    check_mode(mode)
+
+    @contextlib.contextmanager
+    def inside() -> Iterator[None]:
+        model.gradient_checkpointing = mode
+        try:
+            yield
+        finally:
+            model.gradient_checkpointing = before
+            model.host_memory.clear()
+
+    return inside()
 
 
 def _saver(folder: pathlib.Path | None, run: saved_run.Run, every: int | None, limit: int) -> Callable[[int], None]:

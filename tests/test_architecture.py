@@ -25,10 +25,10 @@ FLOORS = {
     5: ("linear", "optim", "falcon", "lora"),
     4: ("ops", "model_ops"),
     3: ("kernels", "bnb_layout"),
-    2: ("nf4", "adamw_8bit", "data", "journal"),
+    2: ("nf4", "adamw_8bit", "data", "journal", "recompute"),
     1: (
-        "dynamic8", "int8", "lora_init", "rotary", "paging", "storage", "download", "experts", "operators", "cross_entropy",
-        "console", "dropout", "moments",
+        "dynamic8", "int8", "falcon_config", "lora_init", "rotary", "paging", "storage", "download", "experts", "operators",
+        "cross_entropy", "console", "dropout", "moments",
     ),
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -3,6 +3,7 @@ floors, the parity that comes before a number, rotation, the picture."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -17,8 +18,21 @@ import pytest
 import torch
 
 import qlite
-from benchmarks import adamw_8bit, chip, common, instructions, linear_int8, linear_nf4, nf4_codec, roof_plot
-from qlite import nf4, ops
+from benchmarks import (
+    adamw_8bit,
+    chip,
+    common,
+    flops,
+    instructions,
+    linear_int8,
+    linear_nf4,
+    nf4_codec,
+    roof_plot,
+    step_plot,
+    training_step,
+)  # fmt: skip
+from qlite import nf4, ops, recompute
+from tests.falcons import FLAVOURS
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))
@@ -289,6 +303,108 @@ def test_the_picture_is_drawn_without_a_gpu(tmp_path):
     results, picture = tmp_path / "linear_nf4.jsonl", tmp_path / "linear.png"
     results.write_text("\n".join(map(json.dumps, synthetic("NVIDIA H200"))))
     command = [sys.executable, "-m", "benchmarks.linear_nf4", "--plot", str(picture), "--plot-only", "--results", str(results)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 20_000
+
+
+# The training step: its operations, its kernels, its picture.
+
+
+@pytest.mark.parametrize("flavour", ["7b", "40b", "11b"])
+def test_what_is_computed_again_is_counted_product_by_product(flavour):
+    config = dataclasses.replace(FLAVOURS[flavour], num_hidden_layers=3, max_position_embeddings=512)
+    rows, tokens, r = 2, 256, 4
+    lora = qlite.LoRAConfig(r=r, targets=("query_key_value",))
+    found = {mode: flops.hardware_flops(config, rows, tokens, mode, lora) for mode in (False, True, "selective", "offload")}
+    hidden, fused = config.hidden_size, (config.num_attention_heads + 2 * config.kv_heads) * config.head_dim
+    projection = 2 * rows * tokens * (hidden * fused + r * (hidden + fused))
+    attention = 2 * rows * tokens**2 * hidden
+    wide = 2 * rows * tokens * hidden * config.ffn
+    assert found["selective"] - found[False] == 3 * (projection + attention)
+    # Nothing in the first block's MLP needs a gradient.
+    assert found[True] - found[False] == 3 * (projection + attention) + 2 * wide
+    assert found["offload"] == found[True]
+
+
+def test_a_step_makes_the_products_of_the_model_and_of_its_adapters():
+    config = dataclasses.replace(FLAVOURS["7b"], num_hidden_layers=3, max_position_embeddings=512)
+    hidden, fused, ffn, tokens, r = config.hidden_size, config.hidden_size + 2 * config.head_dim, config.ffn, 256, 4
+    weights = 3 * hidden * (fused + hidden + 2 * ffn) + config.vocab_size * hidden
+    assert flops.weights_multiplied(config) == weights
+    attention = 2 * tokens**2 * hidden
+    assert flops.model_flops(config, 1, tokens) == 4 * weights * tokens + 9 * attention
+    found = flops.hardware_flops(config, 1, tokens, False, qlite.LoRAConfig(r=r, targets=("query_key_value",)))
+    # An adapter multiplies forward, and for the gradients of its input and weights; the first block's input needs none.
+    adapters = 2 * tokens * r * (3 * 3 * (hidden + fused) - hidden)
+    absent = 2 * tokens * hidden * (fused + 2 * ffn)
+    assert found == 4 * weights * tokens - absent + adapters + 3 * attention + 3 * attention * 5 // 2
+
+
+COSTS = re.findall(
+    r"^\| (\d+) x (\d+) \| (none|full|selective|offload)\b[^|]*\| (.*) \|$", (ROOT / "docs/speed.md").read_text(), re.M
+)
+
+
+def test_the_page_has_the_costs_of_every_way():
+    assert [(rows, tokens, name) for rows, tokens, name, _ in COSTS] == [
+        (*setting, name) for setting in (("1", "512"), ("4", "2048")) for name in ("none", "full", "selective", "offload")
+    ]
+
+
+@pytest.mark.parametrize(("rows", "tokens", "name", "shown"), COSTS)
+def test_costs_in_the_page_are_those_that_are_counted(rows, tokens, name, shown):
+    found = flops.costs(qlite.FalconConfig(), int(rows), int(tokens), recompute.MODES[name])
+    assert shown.split(" | ") == list(found)
+
+
+def test_kernels_are_listed_by_time_with_their_share_and_written_with_where_it_was(tmp_path, monkeypatch, capsys):
+    text = training_step.kernel_table([("short", 1000.0, 2.0), ("long", 3000.0, 1.0), ("least", 0.0, 1.0)], most=2)
+    assert [line.split() for line in text.splitlines()[1:]] == [
+        ["4.000", "100%", "all"], ["3.000", "1.0", "75.0%", "long"], ["1.000", "2.0", "25.0%", "short"],
+    ]  # fmt: skip
+    monkeypatch.setattr(training_step, "RESULTS", tmp_path)
+    training_step.write_profile("7b-1x512-full", text, "abc")
+    head, _, *rest = (tmp_path / "training_step_kernels" / "7b-1x512-full.txt").read_text().splitlines()
+    assert json.loads(head)["commit"] == "abc" and "\n".join(rest) == text
+    assert text in capsys.readouterr().out
+
+
+def steps_of(device: str, scale: float = 1.0) -> list[dict]:
+    rows = []
+    for peer, modes in (({}, (False, True, "selective", "offload")), ({"peer": "theirs"}, (False, True))):
+        for mode in modes:
+            line = {"device": device, "model": "7b", "layers": 32, "rows": 1, "tokens": 512, "checkpointing": mode, **peer}
+            rows.append({**line, "tokens_per_second": 1000 * scale, "peak_gib": 5.0})
+    return rows
+
+
+def test_the_newest_steps_of_the_newest_device_are_drawn_for_each_way():
+    other = {**steps_of("new")[0], "tokens_per_second": 1}
+    rows = [*steps_of("old"), *steps_of("new"), {**other, "layers": 2}, {**other, "cap_gib": 15.0}, *steps_of("new", 2.0)]
+    found = step_plot.chosen(rows)
+    assert list(found) == list(step_plot.STYLES)
+    assert all(list(lines) == [(1, 512)] and lines[1, 512]["tokens_per_second"] == 2000 for lines in found.values())
+    assert step_plot.chosen(rows, "old")["qlite", True][1, 512]["tokens_per_second"] == 1000
+    with pytest.raises(ValueError, match="no line of y"):
+        step_plot.chosen(rows, "y")
+    with pytest.raises(ValueError, match="no line with"):
+        step_plot.chosen([{"device": "x"}])
+
+
+def test_the_picture_of_steps_is_drawn_without_a_gpu(tmp_path):
+    results, picture = tmp_path / "training_step.jsonl", tmp_path / "step.png"
+    results.write_text("\n".join(map(json.dumps, steps_of("NVIDIA H200"))))
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.training_step",
+        "--plot",
+        str(picture),
+        "--plot-only",
+        "--results",
+        str(results),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, timeout=240)
     content = picture.read_bytes()
     assert content.startswith(b"\x89PNG") and len(content) > 20_000

@@ -22,6 +22,7 @@ import qlite
 from qlite import cli
 from qlite.console import Telling
 from qlite.data import ASSETS, encode_prompt, read_faq
+from qlite.flags import parser
 from tests.adapted import adapt
 
 BASE = ASSETS / "tiny-falcon"
@@ -337,6 +338,38 @@ def test_an_estimate_needs_the_config_alone_and_says_what_fits(tmp_path, capsys)
         assert f"left to CUDA: {fits}; up to batch {most}" in capsys.readouterr().out
     assert cli.main([*arguments, "--memory", "0.1"]) == 0
     assert capsys.readouterr().out.endswith("no; not even batch 1\n")
+
+
+FLAG = "--gradient-checkpointing"
+
+
+@pytest.mark.parametrize(
+    ("given_flags", "value"),
+    [
+        ([FLAG], True), ([FLAG, "none"], False), ([FLAG, "full"], True), ([FLAG, "selective"], "selective"),
+        ([FLAG, "offload"], "offload"), (["--no-gradient-checkpointing"], False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("verb", "default"), [("finetune", None), ("estimate", True)])
+def test_checkpointing_has_four_ways_and_a_flag_alone_is_full(verb, default, given_flags, value):
+    parse = parser(dict.fromkeys(cli.VERBS)).parse_args
+    assert parse([verb]).gradient_checkpointing is default
+    assert parse([verb, *given_flags]).gradient_checkpointing == value
+    with pytest.raises(SystemExit):
+        parse([verb, FLAG, "half"])
+
+
+def test_a_run_and_an_estimate_tell_their_way_of_checkpointing(faq, tmp_path, capsys):
+    assert cli.main([*short(faq, tmp_path / "out"), "--steps", "1", FLAG, "offload"]) == 0
+    assert json.loads((tmp_path / "out/adapter/training.json").read_text())["gradient_checkpointing"] == "offload"
+    capsys.readouterr()
+    peaks = {}
+    for mode in ("none", "selective", "full", "offload"):
+        assert cli.main(["estimate", "--batch-size", "32", FLAG, mode]) == 0
+        lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+        peaks[mode] = float(lines["peak"].split()[0])
+        assert ("host" in lines) == (mode == "offload")
+    assert peaks["none"] > peaks["selective"] > peaks["full"] > peaks["offload"]
 
 
 @given(st.lists(st.integers(0, 511), max_size=40))

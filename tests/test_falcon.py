@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qlite
-from qlite.falcon import FIXED, MODEL_TYPES, Falcon, FalconConfig, KVCache
+from qlite.falcon import Falcon, FalconConfig, KVCache
+from qlite.falcon_config import FIXED, MODEL_TYPES
 from tests.falcons import FLAVOURS, falcon_configs, falcon_of, tokens_of
 
 flavours = pytest.mark.parametrize("config", FLAVOURS.values(), ids=FLAVOURS)
@@ -425,7 +426,7 @@ def test_blocks_are_recomputed_in_training_mode_only_and_only_when_asked(trainin
     model = falcon_of(FLAVOURS["7b"]).train(training)
     model.gradient_checkpointing = checkpointing
     seen = []
-    model.transformer.h[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    model.transformer.h[0].self_attention.query_key_value.register_forward_pre_hook(lambda *_: seen.append(1))
     loss_of(model, tokens_of(model.config, 2, 9)).backward()
     assert len(seen) == calls
     assert not Falcon(model.config, device="meta").gradient_checkpointing

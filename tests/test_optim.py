@@ -907,7 +907,7 @@ def test_on_cuda_the_bits_are_those_of_the_cpu(kind, dtype):
 @needs_cuda
 @pytest.mark.parametrize("chunk", [1024, 2**20])
 def test_on_cuda_random_delays_leave_paged_state_equal_to_resident_state(chunk, monkeypatch):
-    chance, copied, stepped = random.Random(0), paging._Lane.copy, optim._advance
+    chance, copied, stepped = random.Random(0), paging.Lane.copy, optim._advance
 
     def delay():
         torch.cuda._sleep(chance.choice((0, 0, 100_000, 1_000_000)))
@@ -925,7 +925,7 @@ def test_on_cuda_random_delays_leave_paged_state_equal_to_resident_state(chunk, 
     advance(resident, gradients(8, *SHAPES))
     with monkeypatch.context() as patch:
         patch.setattr(optim, "CHUNK", chunk)
-        patch.setattr(paging._Lane, "copy", slow_copy)
+        patch.setattr(paging.Lane, "copy", slow_copy)
         patch.setattr(optim, "_advance", slow_step)
         advance(paged, gradients(8, *SHAPES))
         assert_same_bits(resident, paged)

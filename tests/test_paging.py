@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlite.paging import SLOTS, PagedBuffer, Pager, Piece, _Lane
+from qlite.paging import SLOTS, Lane, PagedBuffer, Pager, Piece
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -204,7 +204,7 @@ def test_on_cuda_random_delays_of_every_stream_change_no_byte():
     device, chance = torch.device("cuda", torch.cuda.current_device()), random.Random(0)
     sizes, cut, rounds = [64, 4096, 2**20, 64, 3 * 2**18, 2**16], 2**18, 6
 
-    class Delayed(_Lane):
+    class Delayed(Lane):
         def copy(self, target, source):
             with torch.cuda.stream(self.stream):
                 torch.cuda._sleep(chance.choice((0, 0, 200_000, 2_000_000)))
