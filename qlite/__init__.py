@@ -17,6 +17,7 @@ from qlite.optim import AdamW8bit, PagedAdamW8bit
 from qlite.placement import place_model
 from qlite.quantize import quantize_model
 from qlite.saving import save_checkpoint
+from qlite.switching import delete_adapter, set_adapter
 from qlite.train import finetune
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "NF4Tensor",
     "PagedAdamW8bit",
     "add_lora",
+    "delete_adapter",
     "estimate",
     "faq_batches",
     "finetune",
@@ -49,4 +51,5 @@ __all__ = [
     "save_adapter",
     "save_checkpoint",
     "save_merged",
+    "set_adapter",
 ]

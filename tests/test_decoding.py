@@ -149,6 +149,26 @@ def test_autocast_may_be_on(kept, flavour):
     assert qlite.generate(model, [1, 2, 3], **options) == fresh(model, [1, 2, 3], **options)
 
 
+def test_what_is_kept_for_one_adapter_is_not_used_for_another(kept):
+    model, options = talker(), {"max_new_tokens": 24, "eos_token_id": None}
+    qlite.add_lora(model, qlite.LoRAConfig(r=4, targets=("query_key_value", "dense_h_to_4h")), seed=2, name="second")
+    wanted = {}
+    for name, by in (("default", 0.1), ("second", 0.2), (None, 0.0)):
+        qlite.set_adapter(model, name)
+        with torch.no_grad():
+            for parameter in qlite.lora_parameters(model) if name else ():
+                parameter.add_(by)
+        wanted[name] = fresh(model, [1, 2, 3], **options)
+    assert len(set(map(tuple, wanted.values()))) == 3
+    steps = None
+    for name in ("default", "second", "default", None, "second"):
+        qlite.set_adapter(model, name)
+        for _ in range(2):
+            assert qlite.generate(model, [1, 2, 3], **options) == wanted[name]
+        assert kept[model][1] is not steps
+        steps = kept[model][1]
+
+
 def test_finetune_frees_what_is_kept(kept):
     model = talker()
     qlite.generate(model, [1, 2], max_new_tokens=12)
