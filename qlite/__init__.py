@@ -5,6 +5,7 @@ from qlite.checkpoint import load_checkpoint, load_falcon
 from qlite.data import faq_batches, load_tokenizer
 from qlite.falcon import Falcon, FalconConfig
 from qlite.generate import generate
+from qlite.head import quantize_head
 from qlite.hub import push_adapter
 from qlite.int8 import Int8Tensor
 from qlite.linear import Linear4bit, Linear8bit
@@ -45,6 +46,7 @@ __all__ = [
     "merge_adapter",
     "place_model",
     "push_adapter",
+    "quantize_head",
     "quantize_int8",
     "quantize_model",
     "quantize_nf4",

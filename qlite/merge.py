@@ -143,6 +143,8 @@ def _stored_original(function: str, model: nn.Module, original: str | pathlib.Pa
             f"{function}: {original} (fingerprint {theirs[:12]}...) is not what the model was encoded from "
             f"({getattr(model, 'base_id', 'unknown')}, fingerprint {str(ours)[:12]}...)"
         )
+    if isinstance(model, Falcon):  # whose head, encoded apart from the embedding, was one with it in the files
+        stored.setdefault("lm_head.weight", stored["transformer.word_embeddings.weight"])
     adapted = adapted_layers(model)
     for path, module in model.named_modules():
         if isinstance(module, (QuantizedLinear, ExpertStack)):

@@ -189,7 +189,7 @@ def _put_in_place(model: nn.Module, found: AdapterSet, name: str, device: torch.
     for path, module in adapter.whole.items():
         original = model.get_submodule(path)
         for own, its in zip((*module.parameters(), *module.buffers()), (*original.parameters(), *original.buffers())):
-            own.data = own.data.to(its.device, its.dtype)
+            own.data = own.data.to(its.device, its.dtype if its.is_floating_point() else own.dtype)
         found.originals[path] = original
         _replace(model, path, module.train(original.training))
     found.active = name

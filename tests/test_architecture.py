@@ -21,7 +21,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     8: ("__init__", "__main__", "cli", "flags"),
     7: ("train", "hub", "merge", "placement", "memory"),
-    6: ("generate", "decoding", "graphs", "adapters", "checkpoint", "saving", "resume", "quantize", "card", "prompt_lookup"),
+    6: (
+        "generate", "decoding", "graphs", "adapters", "checkpoint", "saving", "resume", "quantize", "card", "prompt_lookup",
+        "head",
+    ),
     5: ("linear", "optim", "falcon", "lora"),
     4: ("ops", "model_ops"),
     3: ("kernels", "bnb_layout"),
@@ -35,7 +38,8 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 #: Imports between two files of one floor; each is stated, and they make no circle (tested below).
 LEVEL_IMPORTS = {
     ("__main__", "cli"), ("cli", "__init__"), ("cli", "flags"), ("flags", "__init__"), ("checkpoint", "quantize"),
-    ("generate", "decoding"), ("decoding", "graphs"), ("decoding", "prompt_lookup"), ("generate", "prompt_lookup"),
+    ("checkpoint", "head"), ("generate", "decoding"), ("generate", "prompt_lookup"), ("decoding", "graphs"),
+    ("decoding", "prompt_lookup"),
 }  # fmt: skip
 MOST_LINES, MOST_FUNCTION_LINES = 500, 80
 #: Packages that a run can do without are imported inside the function that needs them, and these never.
