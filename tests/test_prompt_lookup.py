@@ -144,6 +144,21 @@ def test_steps_that_are_read_by_the_chunk_are_kept_for_this_number_of_guesses(ke
     assert qlite.generate(model, prompts[0], **options) == wanted[0] and kept[model][1] is not steps
 
 
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("guesses", [1, 6])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("flavour", ["7b", "40b", "11b", "rw"])
+def test_recorded_steps_over_guesses_give_the_tokens_of_steps_that_are_not(flavour, penalty, guesses, dtype, monkeypatch):
+    model, options = talker(flavour, dtype), {"max_new_tokens": 45, "eos_token_id": None, "repetition_penalty": penalty}
+    found = [qlite.generate(model, [1, 2, 3, 4, 1, 2], prompt_lookup=guesses, **options) for _ in range(2)]
+    assert (decoding._KEPT[model][1].graph is not None) if flavour != "rw" else model not in decoding._KEPT
+    decoding.forget(model)
+    monkeypatch.setattr(decoding, "why_not", lambda model: "a test")
+    plain = qlite.generate(model, [1, 2, 3, 4, 1, 2], prompt_lookup=guesses, **options)
+    assert found == [plain, plain] and len(plain) == 45
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
