@@ -46,7 +46,7 @@ def test_some_guesses():
     assert guessed([1, 2, 3, 4]) == [4, 4, 4, 4]
 
 
-@pytest.mark.parametrize("guesses", [1, 4, 63])
+@pytest.mark.parametrize("guesses", [1, 5])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize("config", FLAVOURS.values(), ids=FLAVOURS)
 def test_tokens_are_those_of_a_pass_each(config, penalty, guesses):
@@ -68,21 +68,21 @@ def test_tokens_are_those_of_a_pass_each_of_any_falcon(config, prompt, guesses, 
     assert qlite.generate(model, prompt, prompt_lookup=guesses, **options) == qlite.generate(model, prompt, **options)
 
 
-@pytest.mark.parametrize("quantize", [None, qlite.Linear4bit, qlite.Linear8bit])
+@pytest.mark.parametrize("quantize", [None, qlite.Linear4bit])
 def test_the_tiny_base_answers_the_same_in_fewer_passes(quantize):
     model = qlite.load_falcon(ASSETS / "tiny-falcon", quantize=quantize, dtype=torch.float32)
     tokenizer, passes = qlite.load_tokenizer(ASSETS / "tiny-falcon"), []
     model.lm_head.register_forward_hook(lambda *_: passes.append(1))
     alone = guessed = 0
-    for question in ("How can I create an account?", "Where is my parcel? Where is my parcel?", "a b c a b c a b c"):
+    for question in ("How can I create an account?", "a b c a b c a b c"):
         prompt = encode_prompt(tokenizer, question)
-        answer = functools.partial(qlite.generate, model, prompt, max_new_tokens=48, eos_token_id=None)
+        answer = functools.partial(qlite.generate, model, prompt, max_new_tokens=32, eos_token_id=None)
         wanted, alone = answer(), alone + len(passes)
         passes.clear()
         assert answer(prompt_lookup=4) == wanted
         guessed += len(passes)
         passes.clear()
-    assert guessed < alone == 3 * 48
+    assert guessed < alone == 2 * 32
 
 
 @pytest.fixture
@@ -121,12 +121,13 @@ def test_an_answer_ends_at_a_stop_token_among_the_guesses(chain, end):
     assert answer == wanted[:first] == [token for _, token in told] and {row for row, _ in told} <= {0}
 
 
+@pytest.mark.parametrize("guesses", [7, 63])
 @pytest.mark.parametrize("new", [1, 2, 20, 50])
-def test_prompt_and_answer_may_fill_the_context_to_the_last_token(new):
+def test_prompt_and_answer_may_fill_the_context_to_the_last_token(new, guesses):
     model = talker_of(FLAVOURS["7b"])
     prompt = [1, 2, 1, 2] * 16
     options = {"max_new_tokens": new, "eos_token_id": None}
-    found = qlite.generate(model, prompt[: 64 - new], prompt_lookup=7, **options)
+    found = qlite.generate(model, prompt[: 64 - new], prompt_lookup=guesses, **options)
     assert len(found) == new and found == qlite.generate(model, prompt[: 64 - new], **options)
 
 

@@ -229,6 +229,27 @@ def test_what_waits_follows_the_model_to_another_device(between, tmp_path):
         assert model(tokens_of(model.config, 1, 4).cuda()).isfinite().all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_that_lives_in_host_memory_goes_from_one_adapter_to_another(tmp_path):
+    model, alone = two(PAIRS["of other ranks and layers"], tmp_path, qlite.Linear4bit)
+    qlite.place_model(model, {"": "cuda", "transformer.h": "cpu"}, compute="cuda")
+    ids = tokens_of(model.config, 2, 7).cuda()
+    for name in "ab":
+        qlite.set_adapter(model, name)
+        assert torch.equal(model(ids), alone[name].cuda()(ids))
+        assert {parameter.device.type for parameter in qlite.lora_parameters(model)} == {"cuda"}
+
+
+def test_the_base_alone_is_written_as_a_checkpoint(tmp_path):
+    model, _ = two(PAIRS["dora and whole modules"], tmp_path, qlite.Linear4bit)
+    with pytest.raises(ValueError, match="the model carries adapters"):
+        qlite.save_checkpoint(model, tmp_path / "new")
+    qlite.set_adapter(model, None)
+    qlite.save_checkpoint(model, tmp_path / "new")
+    qlite.save_checkpoint(base_of(qlite.Linear4bit), tmp_path / "wanted")
+    assert stored_bytes(tmp_path / "new") == stored_bytes(tmp_path / "wanted")
+
+
 def test_a_copy_switches_by_itself(tmp_path):
     model, alone = two(PAIRS["dora and whole modules"], tmp_path)
     twin = copy.deepcopy(model)
