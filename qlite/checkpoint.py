@@ -486,10 +486,10 @@ def load_falcon(
         raise ValueError(f"{folder}: is quantized already; load it with quantize=None")
     skipped = {} if quantize is None else quantize_model(model, quantize).skipped
     report = load_checkpoint(model, folder, device=device, dtype=dtype)
+    if head is not None:
+        model.head_report = quantize_head(model, head)  # type: ignore[assignment]
     left = {name: why for name, (_, why) in skipped.items() if isinstance(model.get_submodule(name), nn.Linear)}
     model.load_report = dataclasses.replace(report, left=left)  # type: ignore[assignment]
     model.base_id = str(path_or_repo_id)  # type: ignore[assignment]
     model.base_revision = commit_of(folder)  # type: ignore[assignment]
-    if head is not None:
-        model.head_report = quantize_head(model, head)  # type: ignore[assignment]
     return model.eval()

@@ -61,6 +61,7 @@ def test_the_report_says_whose_memory_is_whose():
 def test_it_is_a_choice_of_loading():
     model = qlite.load_falcon(ASSETS / "tiny-falcon", quantize=qlite.Linear4bit, head=qlite.Linear8bit, dtype=torch.float32)
     twin = qlite.load_falcon(ASSETS / "tiny-falcon", quantize=qlite.Linear4bit, dtype=torch.float32)
+    assert "lm_head left dense" in str(twin.load_report) and "lm_head" not in str(model.load_report)
     assert model.head_report == qlite.quantize_head(twin) and not hasattr(twin, "head_report")
     ids = tokens_of(model.config, 1, 9)
     assert torch.equal(model(ids), twin(ids)) and not model.training
