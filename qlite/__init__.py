@@ -5,6 +5,7 @@ from qlite.checkpoint import load_checkpoint, load_falcon
 from qlite.data import faq_batches, load_tokenizer
 from qlite.falcon import Falcon, FalconConfig
 from qlite.generate import generate
+from qlite.head import quantize_head
 from qlite.hub import push_adapter
 from qlite.int8 import Int8Tensor
 from qlite.linear import Linear4bit, Linear8bit
@@ -17,6 +18,7 @@ from qlite.optim import AdamW8bit, PagedAdamW8bit
 from qlite.placement import place_model
 from qlite.quantize import quantize_model
 from qlite.saving import save_checkpoint
+from qlite.switching import delete_adapter, set_adapter
 from qlite.train import finetune
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "NF4Tensor",
     "PagedAdamW8bit",
     "add_lora",
+    "delete_adapter",
     "estimate",
     "faq_batches",
     "finetune",
@@ -43,10 +46,12 @@ __all__ = [
     "merge_adapter",
     "place_model",
     "push_adapter",
+    "quantize_head",
     "quantize_int8",
     "quantize_model",
     "quantize_nf4",
     "save_adapter",
     "save_checkpoint",
     "save_merged",
+    "set_adapter",
 ]

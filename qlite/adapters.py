@@ -11,6 +11,7 @@ Not done here: adapters on embeddings, biases, other methods than LoRA: refused 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -29,6 +30,7 @@ from qlite.download import resolve_folder
 from qlite.linear import QuantizedLinear
 from qlite.lora import ALL_LINEAR, AdapterReport, LoRAConfig, LoRALinear, add_lora, features, is_conv1d, saved_modules
 from qlite.storage import DTYPES, FLOATS, StoredTensor, read_header, read_json, read_metadata, read_tensor, sync
+from qlite.switching import DEFAULT, adapters_of, chosen, set_adapter, using
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -137,8 +139,10 @@ def _tensors_of_file(model: nn.Module, adapted: dict[str, LoRALinear]) -> dict[s
     return {PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
-def save_adapter(model: nn.Module, folder: str | pathlib.Path, *, base_id: str | None = None) -> pathlib.Path:
-    """Returns the folder, having written the model's adapters there in PEFT's layout.
+def save_adapter(
+    model: nn.Module, folder: str | pathlib.Path, *, base_id: str | None = None, name: str | None = None
+) -> pathlib.Path:
+    """Returns the folder, having written an adapter of the model there in PEFT's layout.
 
     The two files are written beside, read again and compared, and renamed. Other files in the folder stay. An adapter that
     started as "pissa" is written with what it started with, as one of rank 2 r, so that it fits the base as it is.
@@ -146,19 +150,22 @@ def save_adapter(model: nn.Module, folder: str | pathlib.Path, *, base_id: str |
     Args:
         model: with adapters. folder: created where it is not there.
         base_id: for the config's base_model_name_or_path; default: what load_falcon was given.
+        name: of the adapter; None: the one in use. Files hold no name.
 
     Raises:
-        ValueError: the model has no adapters, or one holds a non-finite value. OSError: the disk gave back other bytes.
+        ValueError: the model has no adapters, none of that name, or none in use and none was named; or one holds a
+            non-finite value. OSError: the disk gave back other bytes.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> report = qlite.add_lora(model, qlite.LoRAConfig(r=2))
         >>> folder = qlite.save_adapter(model, "adapter")  # doctest: +SKIP
     """
-    adapted = adapted_layers(model)
-    if not adapted:
-        raise ValueError(f"save_adapter: {type(model).__name__} has no adapters; call add_lora first")
-    tensors, values = _tensors_of_file(model, adapted), _config_of_file(model, adapted, base_id)
+    with using(model, chosen("save_adapter", model, name)):
+        adapted = adapted_layers(model)
+        if not adapted:
+            raise ValueError(f"save_adapter: {type(model).__name__} has no adapters; call add_lora first")
+        tensors, values = _tensors_of_file(model, adapted), _config_of_file(model, adapted, base_id)
     metadata = {"format": "pt"}
     if getattr(model, "base_fingerprint", None):
         metadata[FINGERPRINT] = str(model.base_fingerprint)
@@ -337,17 +344,20 @@ def _check_fit(model: nn.Module, stored: StoredAdapter, config: LoRAConfig, wher
 
 
 def load_adapter(
-    model: nn.Module, folder_or_repo_id: str | pathlib.Path, *, revision: str | None = None
+    model: nn.Module, folder_or_repo_id: str | pathlib.Path, *, revision: str | None = None, name: str = DEFAULT
 ) -> AdapterReport | None:
-    """Returns a report of the adapters added, or None where the model had them and their weights were replaced.
+    """Returns a report of the adapter added, or None where the model had one of that name and its weights were replaced.
+
+    It is in use then; another one that was waits until `set_adapter` names it again.
 
     Args:
-        model: the base the adapter was trained on, with or without adapters of the same layers.
+        model: the base the adapter was trained on, with or without adapters.
         folder_or_repo_id: a folder in PEFT's layout, or a hub id. revision: branch, tag or commit on the hub.
+        name: to call it by, where the model is to have several.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: a damaged file, a kind of adapter that is not supported, or an
-            adapter made for another base; the model is unchanged.
+        FileNotFoundError: a file is missing. ValueError: a damaged file, a kind of adapter that is not supported, an
+            adapter made for another base, or one of that name on other layers or of another rank; the model is unchanged.
 
     Example:
         >>> qlite.load_adapter(model, "faq-lora/")  # doctest: +SKIP
@@ -361,26 +371,31 @@ def load_adapter(
             f"{folder}: made for another base ({values.get('base_model_name_or_path')}, fingerprint {theirs[:12]}...); "
             f"this model is {getattr(model, 'base_id', 'unknown')}, fingerprint {ours[:12]}..."
         )
-    _check_fit(model, stored, config, str(folder))
-    adapted = adapted_layers(model)
-    report = None
-    if not adapted:
-        report = _add(model, stored, config)
-        adapted = adapted_layers(model)
-    elif not _alike(model, adapted, stored, config):
-        raise ValueError(f"{folder}: the model carries adapters on other layers or of another rank; load a fresh base")
+    present, report = adapters_of(model), None
+    with contextlib.ExitStack() as undo:
+        undo.callback(set_adapter, model, present.active)
+        set_adapter(model, name if name in present.adapters else None)
+        _check_fit(model, stored, config, str(folder))
+        if name not in present.adapters:
+            report = _add(model, stored, config, name)
+        elif not _alike(model, adapted_layers(model), stored, config):
+            raise ValueError(
+                f"{folder}: the model carries adapters on other layers or of another rank; load a fresh base, or give this "
+                f"one another name than {name!r}"
+            )
+        undo.pop_all()
     with torch.no_grad():
-        for layer, module in adapted.items():
+        for layer, module in adapted_layers(model).items():
             module.scaling, module.dropout.p = config.of_layer(layer).scaling, config.dropout
             for key, tensor in stored.layers[layer].items():
                 getattr(module, key).copy_(tensor)
-        for name, tensors in stored.saved.items():
-            model.get_submodule(name).load_state_dict(tensors)
+        for path, tensors in stored.saved.items():
+            model.get_submodule(path).load_state_dict(tensors)
     model.lora_config = config  # type: ignore[assignment]
     return report
 
 
-def _add(model: nn.Module, stored: StoredAdapter, config: LoRAConfig) -> AdapterReport:
+def _add(model: nn.Module, stored: StoredAdapter, config: LoRAConfig, name: str) -> AdapterReport:
     """Adds adapters to exactly the layers of a stored one, by their names and not by the config's patterns."""
     # "^": a key also matches names that end in it.
     ranks = {f"^{re.escape(layer)}": config.of_layer(layer).r for layer in stored.layers if config.rank_pattern}
@@ -391,7 +406,7 @@ def _add(model: nn.Module, stored: StoredAdapter, config: LoRAConfig) -> Adapter
         alpha_pattern={},
         modules_to_save=tuple(stored.saved),
     )
-    return add_lora(model, exact)
+    return add_lora(model, exact, name=name)
 
 
 def _alike(model: nn.Module, adapted: dict[str, LoRALinear], stored: StoredAdapter, config: LoRAConfig) -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qlite import bnb_layout
 from qlite.download import commit_of, resolve_folder
 from qlite.falcon import Falcon, FalconConfig
+from qlite.head import quantize_head
 from qlite.linear import Linear4bit, Linear8bit, QuantizedLinear
 from qlite.nf4 import FP4_LEVELS, NF4_LEVELS
 from qlite.ops import levels_tensor
@@ -446,6 +447,7 @@ def load_falcon(
     path_or_repo_id: str | pathlib.Path,
     *,
     quantize: Callable[..., QuantizedLinear] | None = None,
+    head: Callable[..., QuantizedLinear] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     revision: str | None = None,
@@ -453,16 +455,18 @@ def load_falcon(
     """Returns a Falcon in evaluation mode, its linears encoded as `quantize` says, from a folder or the hub.
 
     A folder of encoded layers, in qlite's layout or bitsandbytes', loads as it is, without encoding again. The model
-    carries `load_report` (print it), `base_fingerprint`, `base_id` and, from the hub, the commit as `base_revision`.
+    carries `load_report` (print it), `base_fingerprint`, `base_id` and, from the hub, the commit as `base_revision`; with
+    `head`, `head_report` too.
 
     Args:
         path_or_repo_id: a folder with config.json and safetensors, or a hub id such as "tiiuae/falcon-7b".
         quantize: qlite.Linear4bit, qlite.Linear8bit or a functools.partial of one; None: dense.
+        head: the same for the output layer, as in `quantize_head`, which measures what it costs.
         device: "cpu", "cuda", ... dtype: what it computes in. revision: branch, tag or commit on the hub.
 
     Raises:
         FileNotFoundError: no such folder or file. ValueError: no Falcon, a checkpoint that does not fit its config, a
-            non-finite weight, no such device, or `quantize` for a checkpoint that is encoded already. PermissionError,
+            non-finite weight, no such device, or `quantize` or `head` for what is encoded already. PermissionError,
             ConnectionError: of the hub, see docs/sharing.md.
 
     Example:
@@ -482,6 +486,8 @@ def load_falcon(
         raise ValueError(f"{folder}: is quantized already; load it with quantize=None")
     skipped = {} if quantize is None else quantize_model(model, quantize).skipped
     report = load_checkpoint(model, folder, device=device, dtype=dtype)
+    if head is not None:
+        model.head_report = quantize_head(model, head)  # type: ignore[assignment]
     left = {name: why for name, (_, why) in skipped.items() if isinstance(model.get_submodule(name), nn.Linear)}
     model.load_report = dataclasses.replace(report, left=left)  # type: ignore[assignment]
     model.base_id = str(path_or_repo_id)  # type: ignore[assignment]

@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,13 +29,14 @@ from qlite.console import Telling
 from qlite.data import ASSETS, FAQBatches, encode_prompt, read_faq
 from qlite.download import resolve_folder
 from qlite.falcon import Falcon, FalconConfig
-from qlite.flags import DTYPES, OPTIMIZERS, RECIPES, VERBS, parser
+from qlite.flags import DTYPES, HEADS, OPTIMIZERS, RECIPES, VERBS, parser
 from qlite.journal import plot_losses
 from qlite.linear import QuantizedLinear
 from qlite.memory import whether_it_fits
 from qlite.nf4 import FP4_LEVELS
 from qlite.resume import checkpoints
-from qlite.storage import FLOATS, check_free, read_json, read_tensor, stored_tensors
+from qlite.storage import FLOATS, check_free, no_duplicates, read_json, read_tensor, stored_tensors
+from qlite.switching import DEFAULT
 from qlite.train import check_options
 
 #: Questions that are answered together. Fixed: rows that are padded together may differ in the last bits of their logits
@@ -95,10 +97,19 @@ def _load(options: argparse.Namespace, *, stored_dtype: bool = False) -> tuple[F
     return model, qlite.load_tokenizer(folder)
 
 
-def _answers(model: Falcon, tokenizer: Tokenizer, questions: list[str], **options: Any) -> list[list[int]]:
-    """Returns the token ids of each answer, ROWS prompts at a time: a weight is decoded once for all of them."""
+def _encode_head(options: argparse.Namespace, model: Falcon, tokenizer: Tokenizer) -> None:
+    """Encodes the output layer as --head says, and says what that costs, on the questions of the demo's FAQ."""
+    if options.head is not None:
+        text = [token for question, _ in read_faq(ASSETS / "faq.json") for token in encode_prompt(tokenizer, question)]
+        length = min(64, model.config.max_position_embeddings)
+        tokens = torch.tensor(text[: len(text) // length * length][: 4 * length]).view(-1, length)
+        print(qlite.quantize_head(model, HEADS[options.head], tokens=tokens), file=sys.stderr)
+
+
+def _answers(model: Falcon, tokenizer: Tokenizer, questions: list[str], rows: int = ROWS, **options: Any) -> list[list[int]]:
+    """Returns the token ids of each answer, `rows` prompts at a time: a weight is decoded once for all of them."""
     prompts = [encode_prompt(tokenizer, question) for question in questions]
-    groups = [prompts[first : first + ROWS] for first in range(0, len(prompts), ROWS)]
+    groups = [prompts[first : first + rows] for first in range(0, len(prompts), rows)]
     return [answer for group in groups for answer in qlite.generate(model, group, **options)]
 
 
@@ -273,31 +284,50 @@ def finetune(options: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
+def _named(adapters: list[str]) -> dict[str, pathlib.Path]:
+    """Returns name -> folder of what --adapter names, FOLDER or NAME=FOLDER each."""
+    found: dict[str, pathlib.Path] = {}
+    for text in adapters:
+        name, equals, place = text.partition("=")
+        if not equals or pathlib.Path(text).exists():
+            name, place = DEFAULT, text
+        if name in found:
+            raise ValueError(f"--adapter {text}: there is one named {name!r} already; several are NAME=FOLDER each")
+        found[name] = resolve_folder(place)
+    return found
+
+
 def generate(options: argparse.Namespace) -> int:
-    """Answer a question, all questions of a file, or one line of standard input after the other."""
-    if (options.question is not None) + (options.questions is not None) + options.interactive != 1:
-        raise ValueError("generate: give one question, or --questions FILE, or --interactive")
+    """Answer a question, all questions of a file, or the lines of standard input: one after the other, or JSON objects, in
+    batches. An answer to one question is printed as its tokens come."""
+    if (options.question is not None) + (options.questions is not None) + options.interactive + options.jsonl != 1:
+        raise ValueError("generate: give one question, or --questions FILE, or --interactive, or --jsonl")
+    if options.batch_size is not None and (options.batch_size < 1 or not (options.questions or options.jsonl)):
+        raise ValueError(f"--batch-size is {options.batch_size}; wanted 1 or more, with --questions or --jsonl")
+    if options.adapter and len(options.adapter) > 1 and not options.interactive:
+        raise ValueError("several adapters are for --interactive, where /adapter NAME chooses one")
     questions = [options.question]
     if options.questions is not None:
         questions = [question for question, _ in read_faq(options.questions)]
-    adapter = resolve_folder(options.adapter) if options.adapter else None
+    adapters = _named(options.adapter or [])
     model, tokenizer = _load(options)
-    if adapter is not None:
-        qlite.load_adapter(model, adapter)
-    keys = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    _encode_head(options, model, tokenizer)
+    for name, folder in adapters.items():
+        qlite.load_adapter(model, folder, name=name)
+    qlite.set_adapter(model, next(iter(adapters), None))
+    keys = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "prompt_lookup")
     choices = {key: getattr(options, key) for key in keys}
-    if not options.interactive:
+    if options.interactive:
+        _converse(model, tokenizer, options, choices)
+    elif options.jsonl:
+        _answer_lines(model, tokenizer, options, choices)
+    else:
         _answer(model, tokenizer, questions, options, choices)
-        return 0
-    while True:
-        print("question: ", end="", flush=True, file=sys.stderr)
-        line = sys.stdin.readline()
-        if not line:
-            return 0
-        try:
-            _answer(model, tokenizer, [line.strip()], options, choices)
-        except ValueError as error:  # of this question alone: empty, or too long
-            print(f"qlite generate: {str(error).removeprefix('generate: ')}", file=sys.stderr)
+    return 0
+
+
+def _rows(options: argparse.Namespace) -> int:
+    return options.batch_size or (1 if options.prompt_lookup else ROWS)
 
 
 def _answer(
@@ -306,7 +336,7 @@ def _answer(
     """Prints the answers as `generate` was told to: one question's as it comes."""
     streamed = options.questions is None and not options.tokens
     telling = Telling(tokenizer if streamed else None)
-    answers = _answers(model, tokenizer, questions, **choices, on_token=telling)
+    answers = _answers(model, tokenizer, questions, _rows(options), **choices, on_token=telling)
     for answer in answers:
         text = tokenizer.decode(answer).strip()
         if streamed:
@@ -317,9 +347,70 @@ def _answer(
         print(telling.stats(), file=sys.stderr)
 
 
+def _converse(model: Falcon, tokenizer: Tokenizer, options: argparse.Namespace, choices: dict[str, Any]) -> None:
+    """Answers the lines of standard input one after the other, with the adapter that the last /adapter named."""
+    while True:
+        print("question: ", end="", flush=True, file=sys.stderr)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        try:
+            command, _, name = line.strip().partition(" ")
+            if command == "/adapter":
+                qlite.set_adapter(model, name.strip() or None)
+            else:
+                _answer(model, tokenizer, [line.strip()], options, choices)
+        except ValueError as error:  # of this line alone: empty, too long, or an adapter that is not there
+            print(f"qlite generate: {re.sub('^(generate|set_adapter): ', '', str(error))}", file=sys.stderr)
+
+
+def _asked(line: bytes, model: Falcon, tokenizer: Tokenizer, most: int) -> tuple[dict[str, Any], list[int]]:
+    """Returns the object of a line and the tokens of its question; ValueError for what cannot be answered."""
+    try:
+        record = json.loads(line.decode(), object_pairs_hook=no_duplicates)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(record, dict) or not isinstance(record.get("question"), str):
+        raise ValueError('wanted an object with a "question", a string')
+    prompt, context = encode_prompt(tokenizer, record["question"]), model.config.max_position_embeddings
+    if len(prompt) + most > context:
+        raise ValueError(f"a prompt of {len(prompt)} tokens and {most} new ones exceed the model's context of {context}")
+    return record, prompt
+
+
+def _answer_lines(model: Falcon, tokenizer: Tokenizer, options: argparse.Namespace, choices: dict[str, Any]) -> None:
+    """Prints the objects of standard input with their answers, a batch at a time, in order; at a bad line, which is named, it
+    ends, with all before it answered."""
+    telling, bad = Telling(None), None
+    batch: list[tuple[dict[str, Any], list[int]]] = []
+
+    def answer() -> None:
+        answers = qlite.generate(model, [prompt for _, prompt in batch], **choices, on_token=telling) if batch else []
+        for (record, _), tokens in zip(batch, answers):
+            said = {"tokens": tokens} if options.tokens else {"answer": tokenizer.decode(tokens).strip()}
+            print(json.dumps({**record, **said}))
+        sys.stdout.flush()
+        batch.clear()
+
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            batch += [_asked(line, model, tokenizer, options.max_new_tokens)] if line.strip() else []
+        except ValueError as error:
+            bad = ValueError(f"line {number}: {str(error).removeprefix('encode_prompt: ')}")
+            break
+        if len(batch) == _rows(options):
+            answer()
+    answer()
+    if options.stats:
+        print(telling.stats(), file=sys.stderr)
+    if bad is not None:
+        raise bad
+
+
 def quantize(options: argparse.Namespace) -> int:
     """Write a quantized checkpoint, which loads again without being quantized anew."""
-    model, _ = _load(options, stored_dtype=True)
+    model, tokenizer = _load(options, stored_dtype=True)
+    _encode_head(options, model, tokenizer)
     tokenizer_json = resolve_folder(options.base, revision=options.revision) / "tokenizer.json"
     qlite.save_checkpoint(model, options.output, layout=options.layout, tokenizer_json=tokenizer_json)
     size = sum(path.stat().st_size for path in pathlib.Path(options.output).iterdir())

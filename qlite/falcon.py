@@ -36,13 +36,7 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        config: FalconConfig,
-        batch_size: int,
-        max_length: int,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
+        self, config: FalconConfig, batch_size: int, max_length: int, *, device: torch.device | str, dtype: torch.dtype
     ):
         shape = (config.num_hidden_layers, batch_size, config.kv_heads, max_length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -57,7 +51,7 @@ class KVCache:
     def append(self, layer: int, keys: Tensor, values: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Stores the new (B, kv_heads, T, head_dim) of a layer and returns all so far, (B, kv_heads, total, head_dim).
 
-        With `at`, int64 (1,), one token is stored there, and what is returned is as long as the cache.
+        With `at`, int64 (T,), tokens are stored there, and what is returned is as long as the cache.
         """
         if at is not None:
             self.keys[layer].index_copy_(2, at, keys.to(self.keys.dtype))
@@ -132,6 +126,8 @@ class _Attention(nn.Module):
                 mask = mask.reshape(mask.shape[0], key.shape[1], -1, mask.shape[3])
             attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             return attended.reshape(batch, heads, 1, size)
+        if mask is not None and heads != key.shape[1]:  # CUDA has no fast kernel of both a mask and grouped heads
+            key, value = (t[:, :, None].expand(-1, -1, heads // t.shape[1], -1, -1).flatten(1, 2) for t in (key, value))
         causal = False
         if mask is None and query.shape[2] > 1:  # a branch: of a compiler's dynamic shapes the comparison itself is no bool
             causal = True

@@ -30,6 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HEADS = {"int8": qlite.Linear8bit, "nf4": qlite.Linear4bit}
 OPTIMIZERS = {
     "paged_adamw_8bit": qlite.PagedAdamW8bit,
     "adamw_8bit": qlite.AdamW8bit,
@@ -92,6 +93,35 @@ def _add_estimate(verbs: Any, says: Mapping[str, str | None]) -> None:
     size.set_defaults(alpha=32.0, init="kaiming", rslora=False)  # which cost nothing
 
 
+def _add_generate(verbs: Any, says: Mapping[str, str | None]) -> None:
+    ask = verbs.add_parser("generate", formatter_class=_Help, help="answer questions", description=says["generate"])
+    _add_base_flags(ask)
+    ask.add_argument("--head", choices=HEADS, help="format of the output layer, and say what it costs; None: as it is")
+    ask.add_argument(
+        "--adapter", action="append", help="folder or hub id of a LoRA adapter; or NAME=FOLDER, several, for --interactive"
+    )
+    ask.add_argument("--questions", help="a FAQ file whose questions are all answered, instead of one from the line")
+    ask.add_argument(
+        "--interactive", action="store_true",
+        help="answer the lines of standard input, one after the other; /adapter NAME chooses one, /adapter the base alone",
+    )  # fmt: skip
+    ask.add_argument(
+        "--jsonl", action="store_true",
+        help='answer the lines of standard input, {"question": ...} each, by the same with an "answer", in order',
+    )  # fmt: skip
+    ask.add_argument("--batch-size", type=int, help="questions answered together; None: 16, with --prompt-lookup 1")
+    ask.add_argument("--prompt-lookup", type=int, default=0, help="tokens to guess from the text so far; greedy answers alone")
+    ask.add_argument("--tokens", action="store_true", help="print token ids as JSON, one list a question")
+    ask.add_argument("--stats", action="store_true", help="say on stderr how long it took: to the first token, a token")
+    ask.add_argument("--max-new-tokens", type=int, default=64, help="at most so many tokens an answer")
+    ask.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
+    ask.add_argument("--top-k", type=int, help="draw among the k likeliest")
+    ask.add_argument("--top-p", type=float, help="draw among the likeliest of this total probability")
+    ask.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repetitions")
+    ask.add_argument("--seed", type=int, default=0, help="of the draws")
+    ask.add_argument("question", nargs="?", help="the question")
+
+
 def parser(says: Mapping[str, str | None]) -> argparse.ArgumentParser:
     """Returns the parser of the command line. says: what each verb does, by its name."""
     whole = argparse.ArgumentParser(prog="qlite", description="Fine-tune a Falcon in 4 bits on one small GPU.")
@@ -136,24 +166,11 @@ def parser(says: Mapping[str, str | None]) -> argparse.ArgumentParser:
     out.add_argument("--tensorboard", action="store_true", help="write event files too")
     out.add_argument("--no-progress", dest="progress", action="store_false", default=True, help="no progress line")
 
-    ask = verbs.add_parser("generate", formatter_class=_Help, help="answer questions", description=says["generate"])
-    _add_base_flags(ask)
-    ask.add_argument("--adapter", help="folder or hub id of a LoRA adapter")
-    ask.add_argument("--questions", help="a FAQ file whose questions are all answered, instead of one from the line")
-    ask.add_argument("--interactive", action="store_true", help="answer the lines of standard input, one after the other")
-    ask.add_argument("--tokens", action="store_true", help="print token ids as JSON, one list a question")
-    ask.add_argument("--stats", action="store_true", help="say on stderr how long it took: to the first token, a token")
-    ask.add_argument("--max-new-tokens", type=int, default=64, help="at most so many tokens an answer")
-    ask.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
-    ask.add_argument("--top-k", type=int, help="draw among the k likeliest")
-    ask.add_argument("--top-p", type=float, help="draw among the likeliest of this total probability")
-    ask.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repetitions")
-    ask.add_argument("--seed", type=int, default=0, help="of the draws")
-    ask.add_argument("question", nargs="?", help="the question")
-
+    _add_generate(verbs, says)
     quant = verbs.add_parser("quantize", formatter_class=_Help, help="write it encoded", description=says["quantize"])
     _add_base_flags(quant)
     quant.add_argument("--output", required=True, help="folder to write; must not hold anything")
+    quant.add_argument("--head", choices=HEADS, help="format of the output layer, and say what it costs; None: as it is")
     quant.add_argument("--layout", choices=LAYOUTS, default="qlite", help="of the tensors; bitsandbytes: transformers'")
 
     _add_estimate(verbs, says)

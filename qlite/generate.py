@@ -4,7 +4,7 @@ Prompts of different lengths are padded on the left and masked, so that each row
 the next token follows Holtzman et al. (arXiv 1904.09751) for top-p and Keskar et al. (arXiv 1909.05858, section 4.1) for
 the repetition penalty.
 
-Not done here: the steps themselves (decoding.py), beam search, speculative decoding.
+Not done here: the steps themselves (decoding.py), guesses (prompt_lookup.py), beam search.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qlite.decoding import decoder
 from qlite.falcon import Falcon, FalconConfig
+from qlite.prompt_lookup import MOST_GUESSES
 
 _FROM_CONFIG: Any = object()
 
@@ -79,7 +80,7 @@ class _Choice:
         return (shares / torch.empty_like(shares).exponential_(generator=generator)).argmax(dim=-1)
 
 
-def _check(config: FalconConfig, prompts: list[list[int]], max_new_tokens: int) -> None:
+def _check(config: FalconConfig, prompts: list[list[int]], max_new_tokens: int, guesses: int, choice: _Choice) -> None:
     if not prompts:
         raise ValueError("generate: prompts is empty; wanted token ids, or a list of lists of them")
     for row, prompt in enumerate(prompts):
@@ -95,6 +96,12 @@ def _check(config: FalconConfig, prompts: list[list[int]], max_new_tokens: int) 
         raise ValueError(
             f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {context}"
         )
+    if not 0 <= guesses <= MOST_GUESSES:
+        raise ValueError(f"generate: prompt_lookup is {guesses}; wanted 0 (no guesses) to {MOST_GUESSES}")
+    if guesses and choice.temperature:
+        raise ValueError(f"generate: prompt_lookup is for greedy answers; the temperature is {choice.temperature}")
+    if guesses and len(prompts) > 1:
+        raise ValueError(f"generate: prompt_lookup is for one prompt at a time; there are {len(prompts)}")
 
 
 @overload
@@ -110,8 +117,9 @@ def generate(  # pyright: ignore[reportInconsistentOverload]  # the overloads le
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
-    eos_token_id: int | None = _FROM_CONFIG,
+    eos_token_id: int | Sequence[int] | None = _FROM_CONFIG,
     seed: int = 0,
+    prompt_lookup: int = 0,
     on_token: Callable[[int, int], None] | None = None,
 ) -> Any:
     """Returns the new tokens that continue a prompt: a list of ids, or for a list of prompts a list of such lists.
@@ -123,8 +131,12 @@ def generate(  # pyright: ignore[reportInconsistentOverload]  # the overloads le
         temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
         top_k: draw among the k likeliest. top_p: draw among the shortest list of likeliest tokens of this total mass.
         repetition_penalty: above 1, tokens of the prompt or answer so far become less likely.
-        eos_token_id: ends a row and is not returned; default: that of the model's config; None: rows never end early.
+        eos_token_id: ends a row and is not returned, or several that do; default: that of the model's config; None: rows
+            never end early.
         seed: of the draws; PyTorch's global generators are not touched.
+        prompt_lookup: guess so many tokens a step from the text so far and check them in one pass: for one prompt, greedy.
+            The tokens are the same, but where two are as likely as rounding can tell: a pass of several rows may be rounded
+            otherwise than one of a single row.
         on_token: called as on_token(row, token) for each new token, as it comes.
 
     Raises:
@@ -141,13 +153,14 @@ def generate(  # pyright: ignore[reportInconsistentOverload]  # the overloads le
     single = bool(prompts) and not isinstance(prompts[0], (list, tuple))
     rows = [list(prompts)] if single else [list(prompt) for prompt in prompts]
     choice = _Choice(temperature, top_k, top_p, repetition_penalty)
-    _check(model.config, rows, max_new_tokens)
+    _check(model.config, rows, max_new_tokens, prompt_lookup, choice)
     if eos_token_id is _FROM_CONFIG:
         eos_token_id = model.config.eos_token_id
+    ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ())
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        answers = _answers(model, rows, max_new_tokens, choice, eos_token_id, seed, on_token)
+        answers = _answers(model, rows, max_new_tokens, choice, ends, seed, prompt_lookup, on_token)
     finally:
         for module, training in modes:
             module.training = training
@@ -160,8 +173,9 @@ def _answers(
     rows: list[list[int]],
     max_new_tokens: int,
     choice: _Choice,
-    eos_token_id: int | None,
+    ends: frozenset[int],
     seed: int,
+    guesses: int,
     on_token: Callable[[int, int], None] | None,
 ) -> list[list[int]]:
     """Returns the new tokens of each row."""
@@ -177,17 +191,17 @@ def _answers(
     def take(tokens: list[int]) -> bool:
         """Whether a row goes on after the tokens of a step."""
         for i, token in enumerate(tokens):
-            running[i] = running[i] and token != eos_token_id
+            running[i] = running[i] and token not in ends
             if running[i]:
                 answers[i].append(token)
                 if on_token is not None:
                     on_token(i, token)
         return any(running)
 
-    with decoder(model, batch, longest + max_new_tokens, choice) as steps:
+    with decoder(model, batch, longest + max_new_tokens, choice, guesses) as steps:
         going, left = take(steps.prefill(ids, real, seed)), max_new_tokens - 1
         while going and left:
-            for tokens in steps.steps(min(steps.chunk, left)):
+            for tokens in steps.steps(left)[:left]:
                 left -= 1
                 going = going and take(tokens)
     return answers

@@ -10,6 +10,7 @@ Not done here: files (adapters.py), merging a whole model (merge.py), adapters o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -26,6 +27,7 @@ import qlite.model_ops  # noqa: F401  declares the op
 from qlite import lora_init
 from qlite.experts import ExpertStack
 from qlite.operators import without_derivatives
+from qlite.switching import DEFAULT, Adapter, adapters_of, chosen, insert, set_adapter
 
 ALL_LINEAR = "all-linear"
 #: Features at a time when the rows of a weight are asked for by way of its layer.
@@ -45,8 +47,8 @@ class LoRAConfig:
         layers: numbers of the blocks to adapt (the first number in a dotted name); None: all. Not with an expression.
         rank_pattern, alpha_pattern: r and alpha of the layers whose dotted name ends in a key; keys are regular
             expressions, and the first that matches counts.
-        modules_to_save: names, or last parts of names, of modules that are trained and saved whole, such as "lm_head". One
-            whose weight is also another module's is copied, so that the other one stays.
+        modules_to_save: names, or last parts of names, of modules that are trained and saved whole, such as "lm_head": a
+            copy of each, so that the base's stays.
         rslora: scale by alpha / sqrt(r) instead. dora: train the norm of each row of the weight too.
         init: "kaiming" (A uniform, B zero), "gaussian" (A normal, B zero), "pissa" (the leading singular vectors of the
             base), "loftq" (those of what encoding took from it); lora_init.py tells them apart.
@@ -402,72 +404,80 @@ def _check_saved(model: nn.Module, saved: dict[str, nn.Module], config: LoRAConf
             raise ValueError(f"add_lora: {name} of modules_to_save holds another one")
 
 
-def _train_whole(model: nn.Module, name: str) -> None:
-    """Makes a module trainable; one whose weight is another's too (a tied head) becomes a copy."""
-    module = model.get_submodule(name)
-    own = {id(parameter) for parameter in module.parameters()}
-    everyone = [key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in own]
-    if not all(key.startswith(f"{name}.") for key in everyone):
-        parent, _, child = name.rpartition(".")
-        module = copy.deepcopy(module)
-        setattr(model.get_submodule(parent), child, module)
-    module.requires_grad_(True)
+def _made(
+    model: nn.Module, config: LoRAConfig, generator: torch.Generator | None, dense: Callable[[str], Tensor] | None
+) -> Adapter:
+    """Returns the adapter that a config asks for, made of a model that has none in use; the model is left as it is."""
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("add_lora: the model has adapters already, which add_lora did not put there; load a fresh base")
+    linears = {name: module for name, module in model.named_modules() if name and features(module) is not None}
+    if not linears:
+        raise ValueError(f"add_lora: {type(model).__name__} has no linear layer to adapt")
+    saved = saved_modules(model, config)
+    _check_saved(model, saved, config)
+    wrappers: dict[str, nn.Module] = {}
+    for name in _find_targets(model, list(linears), saved, config):
+        original = None if dense is None else dense(name)
+        wrappers[name] = LoRALinear(linears[name], config.of_layer(name), generator=generator, dense=original)
+    whole = {name: copy.deepcopy(module).requires_grad_(True) for name, module in saved.items()}
+    return Adapter(config, wrappers, whole)
 
 
 def add_lora(
-    model: nn.Module, config: LoRAConfig, *, seed: int | None = None, dense: Callable[[str], Tensor] | None = None
+    model: nn.Module,
+    config: LoRAConfig,
+    *,
+    seed: int | None = None,
+    dense: Callable[[str], Tensor] | None = None,
+    name: str = DEFAULT,
 ) -> AdapterReport:
     """Returns a report, having frozen the model and wrapped every target layer in a LoRALinear, in place.
 
-    Sets `model.lora_config`. Layers that hold an encoded or dense weight are treated alike.
+    Sets `model.lora_config`. Layers that hold an encoded or dense weight are treated alike. An adapter of another name that
+    was in use waits until `set_adapter` names it again.
 
     Args:
         model: any module with linear layers. config: rank, targets and start.
         seed: for the random start of the adapters; None draws from PyTorch's global generator.
         dense: gives the weight (out_features, in_features), of any device, that the layer of a name was encoded from; for
             the start "loftq", and only for it.
+        name: of the adapter, where the model is to have several.
 
     Raises:
-        ValueError: the model has adapters already, or a target matches no linear layer (close names are given), a module
-            to save is encoded, a start that needs the base's weight and it is on meta, "loftq" without dense.
+        ValueError: the model has adapters of that name already, or a target matches no linear layer (close names are
+            given), a module to save is encoded, a start that needs the base's weight and it is on meta, "loftq" without
+            dense; the model is unchanged.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> print(qlite.add_lora(model, qlite.LoRAConfig(r=4)))
         LoRA on 1 layers: trainable 512 of 4,672 (10.959 %)
     """
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("add_lora: the model has adapters already; load a fresh base, or merge_adapter first")
+    present = adapters_of(model)
+    if name in present.adapters:
+        raise ValueError(
+            f"add_lora: the model has adapters already, named {name!r}; give these another name, delete_adapter or "
+            "merge_adapter first, or load a fresh base"
+        )
     if (config.init == "loftq") != (dense is not None):
         raise ValueError(f"add_lora: init is {config.init!r}; dense goes with 'loftq', which cannot do without it")
-    linears = {name: module for name, module in model.named_modules() if name and features(module) is not None}
-    if not linears:
-        raise ValueError(f"add_lora: {type(model).__name__} has no linear layer to adapt")
-    saved = saved_modules(model, config)
-    _check_saved(model, saved, config)
-    names = _find_targets(model, list(linears), saved, config)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    adapted: dict[str, LoRALinear] = {}
-    for name in names:  # all are made before the model is changed
-        original = None if dense is None else dense(name)
-        adapted[name] = LoRALinear(linears[name], config.of_layer(name), generator=generator, dense=original)
+    with contextlib.ExitStack() as undo:
+        undo.callback(set_adapter, model, present.active)
+        set_adapter(model, None)
+        adapter = _made(model, config, None if seed is None else torch.Generator().manual_seed(seed), dense)
+        undo.pop_all()
     model.requires_grad_(False)
-    for name, module in adapted.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.train(linears[name].training))
-    for name in saved:
-        _train_whole(model, name)
-    model.lora_config = config  # type: ignore[assignment]
+    insert(model, name, adapter)
     trainable = sum(parameter.numel() for parameter in lora_parameters(model))
-    return AdapterReport(tuple(names), trainable, _count_parameters(model), tuple(saved))
+    return AdapterReport(tuple(adapter.wrappers), trainable, _count_parameters(model), tuple(adapter.whole))
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Returns what the model's adapter trains, in the order of the modules: lora_A, lora_B and, under DoRA, magnitude of
+    """Returns what the model's adapter in use trains, in the order of the modules: lora_A, lora_B and, under DoRA, magnitude of
     each layer, then the parameters of the modules that are saved whole.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter in use.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -476,6 +486,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
         2
     """
     adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    chosen("lora_parameters", model, None)
     if not adapted:
         raise ValueError(f"lora_parameters: {type(model).__name__} has no adapters; call add_lora first")
     found = [p for module in adapted for p in (module.lora_A, module.lora_B, module.magnitude) if p is not None]

@@ -36,6 +36,7 @@ from qlite.storage import (
     stored_tensors,
     write_shards,
 )
+from qlite.switching import ATTRIBUTE, adapters_of, chosen, set_adapter, using
 
 #: What a folder of the hub keeps beside weights and config.json, and a merged one needs as well: never code, never pickle.
 BESIDE = (
@@ -142,6 +143,8 @@ def _stored_original(function: str, model: nn.Module, original: str | pathlib.Pa
             f"{function}: {original} (fingerprint {theirs[:12]}...) is not what the model was encoded from "
             f"({getattr(model, 'base_id', 'unknown')}, fingerprint {str(ours)[:12]}...)"
         )
+    if isinstance(model, Falcon):  # whose head, encoded apart from the embedding, was one with it in the files
+        stored.setdefault("lm_head.weight", stored["transformer.word_embeddings.weight"])
     adapted = adapted_layers(model)
     for path, module in model.named_modules():
         if isinstance(module, (QuantizedLinear, ExpertStack)):
@@ -210,7 +213,7 @@ def _tied(model: nn.Module) -> bool | None:
 
 
 @torch.no_grad()
-def merge_adapter(model: nn.Module, *, original: str | pathlib.Path | None = None) -> MergeReport:
+def merge_adapter(model: nn.Module, *, original: str | pathlib.Path | None = None, name: str | None = None) -> MergeReport:
     """Returns a report, having put dense layers of weight `base + scaling * B A` in place of the model's adapted ones.
 
     The base is the decoded weight that the adapter was trained on; the sum is made in float32 and rounded once to the
@@ -221,10 +224,12 @@ def merge_adapter(model: nn.Module, *, original: str | pathlib.Path | None = Non
     Args:
         model: with adapters. original: folder or hub id of the checkpoint that the model was encoded from, whose weights
             then take the place of the decoded ones.
+        name: of the adapter; None: the one in use.
 
     Raises:
-        ValueError: the model has no adapters, `original` is not its base, or a merged weight is not finite; the model is
-            unchanged. TypeError: an adapter on a layer that is neither dense nor encoded.
+        ValueError: the model has no adapters, none of that name, or others too, which would be left without their base;
+            `original` is not its base, or a merged weight is not finite; the model is unchanged. TypeError: an adapter on
+            a layer that is neither dense nor encoded.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -232,22 +237,31 @@ def merge_adapter(model: nn.Module, *, original: str | pathlib.Path | None = Non
         >>> print(qlite.merge_adapter(model).changes["0"].largest, type(model[0]).__name__)
         0.0 Linear
     """
-    adapted = _adapted("merge_adapter", model)
-    source = None if original is None else _stored_original("merge_adapter", model, original)
-    weights: dict[str, Tensor] = {}
-    changes: dict[str, WeightChange] = {}
-    for name, module in adapted.items():
-        weights[name], changes[name] = _merged("merge_adapter", name, module, source, _dtype(module.base))
-    for name, module in adapted.items():
+    wanted, present = chosen("merge_adapter", model, name), adapters_of(model)
+    others = [other for other in present.adapters if other != wanted]
+    if others:
+        raise ValueError(
+            f"merge_adapter: the model has {', '.join(map(repr, others))} too, made for the base as it is; delete_adapter "
+            "first, or write base and adapter by save_merged, which leaves the model as it is"
+        )
+    with using(model, wanted):
+        adapted = _adapted("merge_adapter", model)
+        source = None if original is None else _stored_original("merge_adapter", model, original)
+        weights: dict[str, Tensor] = {}
+        changes: dict[str, WeightChange] = {}
+        for path, module in adapted.items():
+            weights[path], changes[path] = _merged("merge_adapter", path, module, source, _dtype(module.base))
+    set_adapter(model, wanted)
+    for path, module in adapted.items():
         layer = module.base
         if isinstance(layer, QuantizedLinear):
             layer = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             layer.bias = module.base.bias  # type: ignore[assignment]
-        weight = weights[name].T.contiguous() if is_conv1d(layer) else weights[name]
+        weight = weights[path].T.contiguous() if is_conv1d(layer) else weights[path]
         layer.weight = nn.Parameter(weight, requires_grad=False)
-        parent, _, child = name.rpartition(".")
+        parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.train(module.training))
-    for attribute in ("lora_config", "base_fingerprint", "base_id", "base_revision"):
+    for attribute in ("lora_config", ATTRIBUTE, "base_fingerprint", "base_id", "base_revision"):
         if hasattr(model, attribute):
             delattr(model, attribute)
     config: Any = getattr(model, "config", None)
@@ -341,6 +355,7 @@ def save_merged(
     dtype: torch.dtype | None = None,
     files_from: str | pathlib.Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    name: str | None = None,
 ) -> MergeReport:
     """Returns a report, having written base and adapter as one dense checkpoint; the model stays as it is.
 
@@ -353,9 +368,11 @@ def save_merged(
             all decoded ones. dtype: of every float that is written; default: what each layer computes in.
         files_from: folder or hub id whose tokenizer and generation files are copied. max_shard_bytes: a larger model is cut
             into several files.
+        name: of the adapter; None: the one in use.
 
     Raises:
-        ValueError: the model has no adapters, `original` is not its base, or a weight is not finite in `dtype`.
+        ValueError: the model has no adapters, none of that name, `original` is not its base, or a weight is not finite in
+            `dtype`.
         TypeError: a layer that cannot be merged, a model without a config, or a dtype that is no float.
         FileExistsError: the folder holds something. FileNotFoundError: no such checkpoint or `files_from`.
 
@@ -367,19 +384,20 @@ def save_merged(
         >>> len(report.changes), report.dtype
         (32, torch.bfloat16)
     """
-    adapted = _adapted("save_merged", model)
     if dtype is not None and dtype not in FLOATS.values():
         raise TypeError(f"save_merged: dtype is {dtype!r}; wanted a float dtype")
-    source = None if original is None else _stored_original("save_merged", model, original)
-    beside = None if files_from is None else resolve_folder(files_from, names=BESIDE)
-    written = dtype or _dtype(next(iter(adapted.values())).base)
-    config = _config(model, written)
-    changes: dict[str, WeightChange] = {}
-    tensors = _tensors(model, adapted, source, dtype, changes)
-    with new_folder(folder) as temporary:
-        write_shards(temporary, tensors, max_shard_bytes=max_shard_bytes)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for path in [beside / name for name in BESIDE] if beside else []:
-            if path.is_file():
-                shutil.copyfile(path, temporary / path.name)
+    with using(model, chosen("save_merged", model, name)):
+        adapted = _adapted("save_merged", model)
+        source = None if original is None else _stored_original("save_merged", model, original)
+        beside = None if files_from is None else resolve_folder(files_from, names=BESIDE)
+        written = dtype or _dtype(next(iter(adapted.values())).base)
+        config = _config(model, written)
+        changes: dict[str, WeightChange] = {}
+        tensors = _tensors(model, adapted, source, dtype, changes)
+        with new_folder(folder) as temporary:
+            write_shards(temporary, tensors, max_shard_bytes=max_shard_bytes)
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for path in [beside / name for name in BESIDE] if beside else []:
+                if path.is_file():
+                    shutil.copyfile(path, temporary / path.name)
     return MergeReport(changes, "decoded" if original is None else str(original), written)

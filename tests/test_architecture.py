@@ -21,21 +21,25 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     8: ("__init__", "__main__", "cli", "flags"),
     7: ("train", "hub", "merge", "placement", "memory"),
-    6: ("generate", "decoding", "graphs", "adapters", "checkpoint", "saving", "resume", "quantize", "card"),
+    6: (
+        "generate", "decoding", "graphs", "adapters", "checkpoint", "saving", "resume", "quantize", "card", "prompt_lookup",
+        "head", "token_step",
+    ),
     5: ("linear", "optim", "falcon", "lora"),
     4: ("ops", "model_ops"),
     3: ("kernels", "bnb_layout"),
-    2: ("nf4", "adamw_8bit", "data", "journal", "recompute"),
+    2: ("nf4", "adamw_8bit", "data", "journal", "recompute", "one_token"),
     1: (
         "dynamic8", "int8", "falcon_config", "lora_init", "rotary", "paging", "storage", "download", "experts", "operators",
-        "cross_entropy", "console", "dropout", "moments",
+        "cross_entropy", "console", "dropout", "moments", "switching",
     ),
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 #: Imports between two files of one floor; each is stated, and they make no circle (tested below).
 LEVEL_IMPORTS = {
     ("__main__", "cli"), ("cli", "__init__"), ("cli", "flags"), ("flags", "__init__"), ("checkpoint", "quantize"),
-    ("generate", "decoding"), ("decoding", "graphs"),
+    ("checkpoint", "head"), ("generate", "decoding"), ("generate", "prompt_lookup"), ("decoding", "graphs"),
+    ("decoding", "prompt_lookup"), ("decoding", "token_step"),
 }  # fmt: skip
 MOST_LINES, MOST_FUNCTION_LINES = 500, 80
 #: Packages that a run can do without are imported inside the function that needs them, and these never.

@@ -316,6 +316,122 @@ def test_lines_of_standard_input_are_answered_one_after_the_other(monkeypatch, c
     assert "the question is empty" in captured.err and "exceed the model's context" in captured.err
 
 
+def asked_in_lines(monkeypatch, *lines):
+    text = b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+
+
+def answered_alone(capsys, questions, *flags):
+    for question in questions:
+        assert cli.main(["generate", question, "--tokens", "--max-new-tokens", "6", *flags]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+QUESTIONS = ["Where is my parcel?", "How can I create an account?", "Why?", "Is it so? Is it so?", "When?"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16, None])
+def test_objects_of_standard_input_are_answered_in_order(size, monkeypatch, capsys):
+    wanted = answered_alone(capsys, QUESTIONS)
+    batches, whole = [], qlite.generate
+    monkeypatch.setattr(qlite, "generate", lambda model, rows, **o: batches.append(len(rows)) or whole(model, rows, **o))
+    asked_in_lines(monkeypatch, *[{"id": i, "question": q, "note": "\xe4"} for i, q in enumerate(QUESTIONS)], b"\n")
+    flags = ["--batch-size", str(size)] if size else []
+    assert cli.main(["generate", "--jsonl", "--tokens", "--stats", "--max-new-tokens", "6", *flags]) == 0
+    captured = capsys.readouterr()
+    found = [json.loads(line) for line in captured.out.splitlines()]
+    assert found == [
+        {"id": i, "question": q, "note": "\xe4", "tokens": t} for i, (q, t) in enumerate(zip(QUESTIONS, wanted, strict=True))
+    ]
+    assert max(batches) == min(size or 16, 5) and sum(batches) == 5
+    assert f"{sum(map(len, wanted))} tokens in" in captured.err
+
+
+def test_an_answer_in_a_line_is_text_and_takes_the_place_of_one_that_is_there(monkeypatch, capsys):
+    assert cli.main(["generate", QUESTIONS[1], "--max-new-tokens", "12"]) == 0
+    wanted = capsys.readouterr().out.strip()
+    asked_in_lines(monkeypatch, {"question": QUESTIONS[1], "answer": "of the file"})
+    assert cli.main(["generate", "--jsonl", "--max-new-tokens", "12"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"question": QUESTIONS[1], "answer": wanted}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"question": \n', "Expecting value"),
+        (b'["question"]\n', 'wanted an object with a "question", a string'),
+        (b'{"question": 3}\n', 'wanted an object with a "question", a string'),
+        (b'{"prompt": "a"}\n', 'wanted an object with a "question", a string'),
+        (b'{"question": "  "}\n', "the question is empty"),
+        (b'{"question": "a", "question": "b"}\n', "question"),
+        (b'{"question": "\xff"}\n', "can't decode byte 0xff"),
+        (b"[" * 100_000 + b"\n", "nested too deeply"),
+        ({"question": "long " * 3000}, "exceed the model's context of 1024"),
+    ],
+    ids=["cut", "a list", "a number", "no question", "empty", "twice", "no utf-8", "deep", "long"],
+)
+def test_a_bad_line_is_named_by_its_number_and_what_stands_before_it_is_answered_once(line, words, monkeypatch, capsys):
+    asked_in_lines(monkeypatch, {"question": "a"}, {"question": "b"}, b"\n", {"question": "c"}, line, {"question": "d"})
+    assert cli.main(["generate", "--jsonl", "--batch-size", "2", "--max-new-tokens", "2"]) == 2
+    captured = capsys.readouterr()
+    assert [json.loads(line)["question"] for line in captured.out.splitlines()] == ["a", "b", "c"]
+    last = captured.err.strip().splitlines()[-1]
+    assert last.startswith("qlite generate: line 5: ") and words in last
+
+
+def test_guesses_give_the_same_answers_one_row_at_a_time(faq, monkeypatch, capsys):
+    wanted = answered_alone(capsys, QUESTIONS[:3])
+    assert answered_alone(capsys, QUESTIONS[:3], "--prompt-lookup", "4") == wanted
+    asked_in_lines(monkeypatch, *[{"question": question} for question in QUESTIONS[:3]])
+    assert cli.main(["generate", "--jsonl", "--prompt-lookup", "4", "--tokens", "--max-new-tokens", "6"]) == 0
+    assert [json.loads(line)["tokens"] for line in capsys.readouterr().out.splitlines()] == wanted
+    assert cli.main(["generate", "--questions", str(faq), "--prompt-lookup", "2", "--tokens", "--max-new-tokens", "3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.parametrize("head", ["int8", "nf4"])
+def test_an_encoded_head_is_told_with_its_cost_and_kept_in_a_checkpoint(head, tmp_path, capsys):
+    question = ["generate", QUESTIONS[0], "--tokens", "--dtype", "float32", "--max-new-tokens", "8"]
+    assert cli.main([*question, "--head", head]) == 0
+    captured = capsys.readouterr()
+    said = re.search(rf"head in {head}: .* after 256 tokens its logits differ by ([\d.]+) % in norm and", captured.err)
+    assert said is not None and 0.1 < float(said[1]) < (2 if head == "int8" else 20)
+    assert cli.main(["quantize", "--head", head, "--dtype", "float32", "--output", str(tmp_path / "small")]) == 0
+    assert f"head in {head}" in capsys.readouterr().err
+    assert cli.main([*question, "--base", str(tmp_path / "small")]) == 0
+    assert capsys.readouterr().out == captured.out
+    assert cli.main([*question, "--base", str(tmp_path / "small"), "--head", head]) == 2
+    assert "lm_head is a Linear" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def two_adapters(tmp_path_factory) -> dict[str, pathlib.Path]:
+    """Folders of two adapters that make the tiny base say something else."""
+    found = {}
+    for seed, name in enumerate(("one", "two"), 1):
+        model = qlite.load_falcon(BASE, quantize=qlite.Linear4bit, dtype=torch.float32)
+        adapt(model, seed=seed)
+        found[name] = qlite.save_adapter(model, tmp_path_factory.mktemp(name))
+    return found
+
+
+def test_a_line_chooses_among_adapters(two_adapters, monkeypatch, capsys):
+    ask = ["generate", QUESTIONS[0], "--tokens", "--max-new-tokens", "8"]
+    wanted = []
+    for flags in ([], ["--adapter", str(two_adapters["one"])], ["--adapter", f"b={two_adapters['two']}"]):
+        assert cli.main([*ask, *flags]) == 0
+        wanted.append(capsys.readouterr().out)
+    base, one, two = wanted
+    assert len(set(wanted)) == 3
+    lines = [QUESTIONS[0], "/adapter b", QUESTIONS[0], "/adapter c", "/adapter", QUESTIONS[0], "/adapter a", QUESTIONS[0]]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    flags = ["--adapter", f"a={two_adapters['one']}", "--adapter", f"b={two_adapters['two']}"]
+    assert cli.main(["generate", "--interactive", "--tokens", "--max-new-tokens", "8", *flags]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == one + two + base + one
+    assert "qlite generate: the model has no adapter 'c'; it has 'a', 'b'" in captured.err
+
+
 def test_stats_say_how_many_tokens_came_and_when(capsys):
     assert cli.main(["generate", "Where is my parcel?", "--tokens", "--stats", "--max-new-tokens", "5"]) == 0
     captured = capsys.readouterr()
@@ -392,6 +508,16 @@ def test_what_is_told_bit_by_bit_is_the_whole_answer(tokens):
         (["generate"], "give one question, or --questions"),
         (["generate", "a", "--interactive"], "or --interactive"),
         (["generate", "a", "--questions", "b.json"], "give one question, or --questions"),
+        (["generate", "a", "--jsonl"], "or --jsonl"),
+        (["generate", "--jsonl", "--batch-size", "0"], "--batch-size is 0; wanted 1 or more"),
+        (["generate", "a", "--batch-size", "2"], "with --questions or --jsonl"),
+        (["generate", "a", "--adapter", "b=c", "--adapter", "d=e"], "several adapters are for --interactive"),
+        (
+            ["generate", "--interactive", "--adapter", "taken", "--adapter", "."],
+            "named 'default' already; several are NAME=FOL",
+        ),
+        (["generate", "a", "--prompt-lookup", "99"], "prompt_lookup is 99; wanted 0"),
+        (["generate", "a", "--prompt-lookup", "4", "--temperature", "1"], "prompt_lookup is for greedy answers"),
         (["generate", "a", "--base", "/nowhere"], "/nowhere is neither a folder nor a hub id"),
         (["generate", "a", "--adapter", "/nowhere"], "/nowhere is neither a folder nor a hub id"),
         (["generate", "a", "--top-k", "5"], "set a temperature above 0"),

@@ -13,7 +13,7 @@ import qlite
 from qlite import decoding
 from qlite.data import Batch
 from qlite.generate import _Choice
-from tests.falcons import FLAVOURS
+from tests.falcons import FLAVOURS, talker_of, tokens_of
 
 CUDA = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
@@ -52,6 +52,37 @@ def test_nothing_is_kept_for_a_cpu():
     model = talker(device="cpu")
     qlite.generate(model, [1, 2], max_new_tokens=2)
     assert model not in decoding._KEPT
+
+
+# A prompt in pieces.
+
+
+@pytest.mark.parametrize("most", [1, 8])
+@pytest.mark.parametrize("lengths", [[13], [13, 13], [13, 1, 6]], ids=["one", "alike", "padded"])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_prompt_in_pieces_gives_the_states_and_the_tokens_of_one_that_is_whole(flavour, lengths, most, monkeypatch):
+    model = talker_of(FLAVOURS[flavour]).to("cuda" if CUDA else "cpu")
+    prompts = [tokens_of(model.config, length, seed=length).tolist() for length in lengths]
+    ids, real = torch.zeros(len(lengths), 13, dtype=torch.int64), torch.zeros(len(lengths), 13, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, 13 - len(prompt) :], real[row, 13 - len(prompt) :] = torch.tensor(prompt), True
+    passes = []
+    model.transformer.h[0].register_forward_hook(lambda block, arguments, x: passes.append(x.shape[:2].numel()))
+
+    def states():
+        passes.clear()
+        steps = decoding.Decoder(model, len(lengths), 64, CHOICE.draw)
+        with torch.inference_mode():
+            mask = None if real.all() else real.to(steps.ids.device)
+            return steps._through(model, ids.to(steps.ids.device), mask)
+
+    options = {"max_new_tokens": 9, "eos_token_id": None}
+    whole, answers = states(), qlite.generate(model, prompts, **options)
+    monkeypatch.setattr(decoding, "PREFILL", most)
+    # The sums are those of a pass through the cache against one without it.
+    torch.testing.assert_close(states(), whole, rtol=0, atol=1e-4)
+    assert max(passes) <= max(most, len(lengths)) and len(passes) == -(-13 // max(1, most // len(lengths)))
+    assert qlite.generate(model, prompts, **options) == answers
 
 
 @pytest.fixture
@@ -147,6 +178,26 @@ def test_autocast_may_be_on(kept, flavour):
         found = qlite.generate(model, [1, 2, 3], **options)
         assert found == qlite.generate(model, [1, 2, 3], **options) and len(found) == 12
     assert qlite.generate(model, [1, 2, 3], **options) == fresh(model, [1, 2, 3], **options)
+
+
+def test_what_is_kept_for_one_adapter_is_not_used_for_another(kept):
+    model, options = talker(), {"max_new_tokens": 24, "eos_token_id": None}
+    qlite.add_lora(model, qlite.LoRAConfig(r=4, targets=("query_key_value", "dense_h_to_4h")), seed=2, name="second")
+    wanted = {}
+    for name, by in (("default", 0.1), ("second", 0.2), (None, 0.0)):
+        qlite.set_adapter(model, name)
+        with torch.no_grad():
+            for parameter in qlite.lora_parameters(model) if name else ():
+                parameter.add_(by)
+        wanted[name] = fresh(model, [1, 2, 3], **options)
+    assert len(set(map(tuple, wanted.values()))) == 3
+    steps = None
+    for name in ("default", "second", "default", None, "second"):
+        qlite.set_adapter(model, name)
+        for _ in range(2):
+            assert qlite.generate(model, [1, 2, 3], **options) == wanted[name]
+        assert kept[model][1] is not steps
+        steps = kept[model][1]
 
 
 def test_finetune_frees_what_is_kept(kept):

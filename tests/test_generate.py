@@ -287,6 +287,7 @@ def test_the_end_of_text_is_the_configs_or_ones_own_or_none():
     assert qlite.generate(model, [1], max_new_tokens=6) == [2, 3, 4]
     assert qlite.generate(model, [1], max_new_tokens=6, eos_token_id=4) == [2, 3]
     assert qlite.generate(model, [1], max_new_tokens=6, eos_token_id=None) == [2, 3, 4, 0, 1, 2]
+    assert qlite.generate(model, [[1], [4]], max_new_tokens=6, eos_token_id=[4, 3]) == [[2], [0, 1, 2]]
 
 
 def test_the_end_of_text_in_a_prompt_ends_nothing():

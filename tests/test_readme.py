@@ -51,6 +51,14 @@ def test_its_code_runs_from_top_to_bottom_and_the_main_job_learns_the_answer(tmp
     assert dict(read_faq(ASSETS / "faq.json"))["How can I create an account?"] in capsys.readouterr().out
 
 
+def test_the_code_of_the_page_on_asking_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    with torch.random.fork_rng(devices=[]):
+        exec(compile("\n".join(code), "generation.md", "exec"), {})
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):

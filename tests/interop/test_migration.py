@@ -88,7 +88,7 @@ def adapted(net):
 
 def test_every_row_of_the_peft_table_runs_and_both_sides_adapt_the_same_layers(tmp_path):
     table = rows("From PEFT")
-    assert len(table) == 13
+    assert len(table) == 16
     configs = [row for row in table if row[0].startswith("config =")]
     assert len(configs) == 6
     for row in configs:
