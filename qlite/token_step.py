@@ -48,6 +48,7 @@ def next_hidden(model: Falcon, ids: Tensor, positions: Tensor, visible: Tensor, 
     cos, sin = (table[:, 0] for table in model._rotary(positions, x.dtype))
     parts: list[Tensor] = []
     for block in model.transformer.h:
+        assert isinstance(block, _Block)
         x, normed = _normed(x, parts, block.ln_attn if block.two_norms else block.input_layernorm)
         other = block.ln_mlp(x) if block.two_norms else normed
         attention, mlp = block.self_attention, block.mlp

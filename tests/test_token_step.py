@@ -19,8 +19,8 @@ CONFIGS = {
     "7b": FalconConfig(**_SIZES, hidden_size=192, num_attention_heads=3),
     "40b": FalconConfig(**_SIZES, hidden_size=192, num_attention_heads=6, num_kv_heads=2, new_decoder_architecture=True),
     "11b": FalconConfig(
-        **_SIZES, hidden_size=128, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True, num_ln_in_parallel_attn=1,
-        tie_word_embeddings=False,
+        **_SIZES, hidden_size=128, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True,
+        num_ln_in_parallel_attn=1, tie_word_embeddings=False,
     ),
     "biases": FalconConfig(**_SIZES, hidden_size=128, num_attention_heads=2, bias=True),
 }  # fmt: skip

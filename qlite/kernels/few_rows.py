@@ -367,8 +367,8 @@ def _few_rows_kernel(
     else:
         _tensor_core_range(
             start, stop, group, step, program, programs, steps, total_steps, shape, deltas, offsets, rows, pointers,
-            dynamic_ptr, levels_ptr, bias_ptr, y_ptr, MODE, SPLIT, PARTS, WARPS, RATIO, BIAS, EARLY, TABLE, PAIRS, RAW, SCALES, PRODUCT,
-            SUM, FENCE, LEVELS_AT, SUM_AT,
+            dynamic_ptr, levels_ptr, bias_ptr, y_ptr, MODE, SPLIT, PARTS, WARPS, RATIO, BIAS, EARLY, TABLE, PAIRS, RAW, SCALES,
+            PRODUCT, SUM, FENCE, LEVELS_AT, SUM_AT,
         )  # fmt: skip
 
 

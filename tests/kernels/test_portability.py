@@ -229,8 +229,8 @@ def between_products(capabilities=CAPABILITIES, **constants):
     integers = dict.fromkeys((*names, "chunks", "kv_heads", "group", "length", "cos_stride", "ffn"), "i32")
     signature = {**pointers, "at_ptr": "*i64", "visible_ptr": "*i8", **integers, "scale": "fp32"}
     constants = {
-        "FUSED": 4, "MORE_FUSED": 1, "UP": 4, "MORE_UP": 0, "SIZE": 64, "HEADS": 16, "KEYS": 256, "COLUMNS": 2048, "PLAIN": False,
-        "EARLY": False, **constants,
+        "FUSED": 4, "MORE_FUSED": 1, "UP": 4, "MORE_UP": 0, "SIZE": 64, "HEADS": 16, "KEYS": 256, "COLUMNS": 2048,
+        "PLAIN": False, "EARLY": False, **constants,
     }  # fmt: skip
     options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
     aligned = (*pointers, "at_ptr", *names, "length")
@@ -382,7 +382,8 @@ VARIANTS = {
             "y_ptr": "*bf16", "low_ptr": "*fp32", "b_ptr": "*fp32", "out_ptr": "*bf16", "columns": "i32", "rank": "i32",
             "scaling": "fp32",
         },
-        {"COLUMNS": 64, "RANK": 16, "ADD": True, "ROUND_BFLOAT16": False}, ("y_ptr", "low_ptr", "b_ptr", "out_ptr", "columns", "rank"),
+        {"COLUMNS": 64, "RANK": 16, "ADD": True, "ROUND_BFLOAT16": False},
+        ("y_ptr", "low_ptr", "b_ptr", "out_ptr", "columns", "rank"),
     ),
     "sums and LayerNorm of one token": one_token_sums(),
     "sums and LayerNorm of one token, early": one_token_sums(EARLY=True, capabilities=(90,)),
