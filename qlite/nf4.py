@@ -41,8 +41,8 @@ LS4_LEVELS: tuple[float, ...] = (
     0.0843605, 0.171601, 0.2632536, 0.3628469, 0.4740077, 0.6039904, 0.7689504, 1.0,
 )  # fmt: skip
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-#: Shares of absmax that `search` tries as a block's scale, beside 1.
-RATIOS = (0.76, 0.82, 0.88, 0.94, 1.06, 1.12, 1.18, 1.24)
+#: Shares of absmax that `search` tries as a block's scale, in fiftieths: 0.76, 0.82, ... 1.24.
+SHARES = range(38, 63, 3)
 #: Weights encoded at a time, in whole rows or whole blocks: what is computed on the way takes tens of bytes a weight.
 CHUNK = 2**20
 #: Absmax values that share one second-level scale.
@@ -206,15 +206,18 @@ def _codes(padded: Tensor, factors: Tensor, columns: int, midpoints: Tensor, ord
     return pack(codes.flatten(1)[:, : columns + columns % 2])
 
 
-def search(weight: Tensor, levels: Tensor, block_size: int) -> Tensor:
+def search(weight: Tensor, levels: Tensor, block_size: int, importance: Tensor | None = None) -> Tensor:
     """Returns for each block the signed scale with the least squared error of those tried: a better one than its absmax.
 
-    RATIOS times absmax, with both signs, give codes; the best scale for given codes l is (w . l) / (l . l), which leaves
+    SHARES of absmax, with both signs, give codes; the best scale for given codes l is (w . l) / (l . l), which leaves
     |w|^2 - (w . l)^2 / (l . l). The best of these is encoded once more, and its scale taken from those codes. No block is worse
-    than by its absmax, up to rounding. A negative scale mirrors the table, whose two sides differ.
+    than by its absmax, up to rounding. A negative scale mirrors the table, whose two sides differ. Every sum is one of pairs of
+    neighbours, of pairs of those, and so on: the same bits on every device, and the reference of `ops.quantize_nf4`.
 
     Args:
-        weight: (R, C) floating point, finite. levels: float32 (16,). block_size: weights per scale, even.
+        weight: (R, C) floating point, finite. levels: float32 (16,). block_size: weights per scale, a power of two.
+        importance: float32, 0 or more, of each column, or None for 1; what its length is exceeded by begins anew, for a matrix
+            that is given as one row. It weighs the squared errors of its column.
 
     Returns:
         float32 (R, ceil(C / block_size)), of either sign; 0 for a block of zeros.
@@ -230,32 +233,45 @@ def search(weight: Tensor, levels: Tensor, block_size: int) -> Tensor:
     for first, start in itertools.product(range(0, rows, step), range(0, columns, width)):
         part, stop = slice(first, first + step), min(start + width, columns)
         padded = _blocks(weight[part, start:stop], block_size)
-        real = _blocks(torch.ones((1, stop - start), device=weight.device), block_size)  # a padding zero has no level to count
-        scales[part, start // block_size : -(-stop // block_size)] = _search_blocks(padded, real, midpoints, values)
+        counts = torch.ones(stop - start, device=weight.device)  # a padding zero has no level to count
+        if importance is not None:
+            counts = importance[torch.arange(start, stop, device=weight.device) % len(importance)]
+        counts = _blocks(counts[None], block_size)
+        scales[part, start // block_size : -(-stop // block_size)] = _search_blocks(padded, counts, midpoints, values)
     return scales
 
 
-def _search_blocks(padded: Tensor, real: Tensor, midpoints: Tensor, values: Tensor) -> Tensor:
+def _pair_sums(values: Tensor) -> Tensor:
+    """Returns the sums over the last dimension, a power of two long: neighbours are added until one is left."""
+    while values.shape[-1] > 1:
+        values = values[..., 0::2] + values[..., 1::2]
+    return values[..., 0]
+
+
+def _search_blocks(padded: Tensor, counts: Tensor, midpoints: Tensor, values: Tensor) -> Tensor:
     absmax = padded.abs().amax(dim=2) if padded.numel() else padded.new_zeros(padded.shape[:2])
     share = padded * reciprocal(absmax)[:, :, None]
 
-    def fitted(ratio: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Returns the best scale for the codes that a scale gives, and how much of the squares it explains."""
-        scaled = share / (ratio[:, :, None] if isinstance(ratio, Tensor) else ratio)
-        taken = values[torch.bucketize(scaled.contiguous(), midpoints)] * real
-        product, square = (share * taken).sum(dim=2), taken.square().sum(dim=2)
-        found = torch.where(square > 0, product / square, 0.0)
-        return found, found * product
+    def fitted(inverse: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Returns w . l and l . l for the levels l that 1 / inverse gives."""
+        taken = values[torch.bucketize(share * inverse, midpoints)]
+        counted = taken * counts
+        return _pair_sums(share * counted), _pair_sums(taken * counted)
 
-    best, explained = fitted(1.0)
-    for ratio in (*RATIOS, *(-ratio for ratio in (1.0, *RATIOS))):
-        found, gain = fitted(ratio)
-        best, explained = torch.where(gain > explained, found, best), torch.maximum(gain, explained)
-    best = torch.where(best == 0, 1.0, best)
-    again, gain = fitted(best)
-    best = torch.where(gain > explained, again, best)
+    product, square = torch.zeros_like(absmax), torch.ones_like(absmax)
+    for sign, ratio in itertools.product((1, -1), SHARES):
+        product, square = _better(product, square, *fitted(sign * 50 / ratio))
+    inverse = torch.where(product == 0, 1.0, square / product)
+    product, square = _better(product, square, *fitted(inverse[:, :, None]))
+    best = torch.where(product == 0, 1.0, product / square)
     largest = torch.finfo(torch.float32).max
     return torch.where(absmax > 0, best / reciprocal(absmax), 0.0).clamp(-largest, largest)
+
+
+def _better(product: Tensor, square: Tensor, other_product: Tensor, other_square: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the pair that explains more, (w . l)^2 / (l . l), without a division; the first where they are equal."""
+    more = other_product * other_product * square > product * product * other_square
+    return torch.where(more, other_product, product), torch.where(more, other_square, square)
 
 
 def encode(weight: Tensor, scales: Tensor, levels: Tensor, block_size: int) -> Tensor:
