@@ -5,7 +5,7 @@
     scale = (share . l) / (l . l) / (1 / absmax)
 
 Layout, with R rows, C columns and B = ceil(C / BLOCK) blocks a row: weight (R, C); table as `nf4_codec.decision` makes it;
-importance float32 (period,), that of column c at c modulo period; scales float32 (R, B). A thread holds chunks of 8 weights.
+weighting float32 (period,), that of column c at c modulo period; scales float32 (R, B). A thread holds chunks of 8 weights.
 
 Products and sums must stay two roundings, and every sum is one of pairs: see nf4_codec.py.
 """
@@ -96,7 +96,7 @@ def _best(
 
 @triton.jit(do_not_specialize=["blocks_a_row"])
 def _search_kernel(
-    weight_ptr, table_ptr, importance_ptr, scales_ptr,
+    weight_ptr, table_ptr, weighting_ptr, scales_ptr,
     columns, row_stride, column_stride, blocks_a_row, blocks, period, smallest, largest,
     FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     WHOLE: tl.constexpr, SHUFFLE: tl.constexpr,
@@ -111,16 +111,16 @@ def _search_kernel(
     counts = None
     if WHOLE:
         value = tl.load(weight_ptr + start * BLOCK + (chunk[:, None] * 8 + eight[None, :]), mask=mask[:, None], other=0.0)
-        if importance_ptr is not None:
+        if weighting_ptr is not None:
             column = start * BLOCK + (chunk[:, None] * 8 + eight[None, :])
-            counts = tl.load(importance_ptr + column % period, mask=mask[:, None], other=0.0)
+            counts = tl.load(weighting_ptr + column % period, mask=mask[:, None], other=0.0)
     else:
         row, first = _place_of(chunk, start, blocks_a_row, BLOCK)
         column = first[:, None] + eight[None, :]
         inside = mask[:, None] & (column < columns)
         value = tl.load(weight_ptr + row[:, None] * row_stride + column * column_stride, mask=inside, other=0.0)
-        if importance_ptr is not None:
-            counts = tl.load(importance_ptr + column % period, mask=inside, other=0.0)
+        if weighting_ptr is not None:
+            counts = tl.load(weighting_ptr + column % period, mask=inside, other=0.0)
         else:
             counts = inside.to(tl.float32)
     value = value.to(tl.float32)
@@ -140,7 +140,7 @@ def _search_kernel(
     tl.store(scales_ptr + start + block, scale, mask=block < blocks - start)
 
 
-def search(weight: Tensor, levels: Tensor, block_size: int, shares: range, importance: Tensor | None) -> Tensor:
+def search(weight: Tensor, levels: Tensor, block_size: int, shares: range, weighting: Tensor | None) -> Tensor:
     """Returns the scale of each block of a 2-D weight of any strides, for `shares` in fiftieths of absmax; see nf4.search."""
     rows, columns = weight.shape
     blocks_a_row = triton.cdiv(columns, block_size)
@@ -150,9 +150,9 @@ def search(weight: Tensor, levels: Tensor, block_size: int, shares: range, impor
     scales = torch.empty((rows, blocks_a_row), dtype=torch.float32, device=weight.device)
     if blocks:
         _search_kernel[(triton.cdiv(blocks * block_size, 8 * TILE),)](
-            weight, decision(levels), None if importance is None else importance.contiguous(), scales,
+            weight, decision(levels), None if weighting is None else weighting.contiguous(), scales,
             columns, weight.stride(0), weight.stride(1), blocks_a_row, blocks,
-            columns if importance is None else len(importance), SMALLEST_DIVISOR, LARGEST,
+            columns if weighting is None else len(weighting), SMALLEST_DIVISOR, LARGEST,
             FIRST=shares.start, STEP=shares.step, COUNT=len(shares), BLOCK=block_size, TILE=TILE,
             WHOLE=weight.is_contiguous() and columns % block_size == 0, SHUFFLE=weight.device.type == "cuda",
             num_warps=WARPS, enable_fp_fusion=False,
