@@ -39,8 +39,8 @@ FP4_LEVELS: tuple[float, ...] = (
 )  # fmt: skip
 # The least squared error of normal weights in blocks of 64 with `search`: benchmarks/derive_table.py derives it from a seed.
 LS4_LEVELS: tuple[float, ...] = (
-    -0.8255933, -0.6344981, -0.4930082, -0.3744573, -0.2706992, -0.1757215, -0.0862761, 0.0,
-    0.0843605, 0.171601, 0.2632536, 0.3628469, 0.4740077, 0.6039904, 0.7689504, 1.0,
+    -0.8255802, -0.634489, -0.4930036, -0.374451, -0.2706906, -0.1757187, -0.0862749, 0.0,
+    0.0843597, 0.1715993, 0.2632475, 0.3628353, 0.4739965, 0.603978, 0.7689533, 1.0,
 )  # fmt: skip
 # The least absolute error of a normal weight's share of absmax, in blocks of 64: "abnormal floats" (arXiv 2306.06965).
 AF4_LEVELS: tuple[float, ...] = (
@@ -308,16 +308,16 @@ def _search_blocks(padded: Tensor, counts: Tensor, midpoints: Tensor, values: Te
     product, square = torch.zeros_like(absmax), torch.ones_like(absmax)
     for sign, ratio in itertools.product((1, -1), SHARES):
         product, square = _better(product, square, *fitted(sign * 50 / ratio))
-    inverse = torch.where(product == 0, 1.0, square / product)
-    product, square = _better(product, square, *fitted(inverse[:, :, None]))
-    best = torch.where(product == 0, 1.0, product / square)
+    # Where nothing explains anything, the scale is absmax.
+    product, square = (torch.where(product == 0, 1.0, part) for part in (product, square))
+    product, square = _better(product, square, *fitted((square / product)[:, :, None]))
     largest = torch.finfo(torch.float32).max
-    return torch.where(absmax > 0, best / reciprocal(absmax), 0.0).clamp(-largest, largest)
+    return torch.where(absmax > 0, product / square / reciprocal(absmax), 0.0).clamp(-largest, largest)
 
 
 def _better(product: Tensor, square: Tensor, other_product: Tensor, other_square: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the pair that explains more, (w . l)^2 / (l . l), without a division; the first where they are equal."""
-    more = other_product * other_product * square > product * product * other_square
+    more = (other_product * other_product * square > product * product * other_square) & (other_square > 0)
     return torch.where(more, other_product, product), torch.where(more, other_square, square)
 
 

@@ -65,7 +65,7 @@ def _fitted(share, inverse, counts, threshold, below, level, BY_CELL: tl.constex
 @triton.jit
 def _better(product, square, other_product, other_square):
     """Returns nf4._better."""
-    more = other_product * other_product * square > product * product * other_square
+    more = (other_product * other_product * square > product * product * other_square) & (other_square > 0)
     return tl.where(more, other_product, product), tl.where(more, other_square, square)
 
 
@@ -86,12 +86,13 @@ def _best(
         inverse = tl.math.div_rn(tl.full([1, 1], 50.0, tl.float32), tl.where(place < COUNT, ratio, -ratio))
         found = _fitted(share, inverse, counts, threshold, below, level, BY_CELL, BLOCKS, table_ptr)
         product, square = _better(product, square, found[0], found[1])
-    inverse = tl.where(product == 0, 1.0, tl.math.div_rn(square, product))
-    inverse = tl.broadcast_to(inverse[:, None], [BLOCKS, share.shape[0] // BLOCKS])
+    none = product == 0
+    product, square = tl.where(none, 1.0, product), tl.where(none, 1.0, square)
+    inverse = tl.broadcast_to(tl.math.div_rn(square, product)[:, None], [BLOCKS, share.shape[0] // BLOCKS])
     inverse = tl.reshape(inverse, [share.shape[0]])[:, None]
     found = _fitted(share, inverse, counts, threshold, below, level, BY_CELL, BLOCKS, table_ptr)
     product, square = _better(product, square, found[0], found[1])
-    return tl.where(product == 0, 1.0, tl.math.div_rn(product, square))
+    return tl.math.div_rn(product, square)
 
 
 @triton.jit(do_not_specialize=["blocks_a_row"])
