@@ -492,12 +492,12 @@ def test_encoding_moves_whole_lines_and_waits_for_no_other_thread(codes):
     assert not aot.count(lines).keys() & {"BAR", "LDS", "STS"}
 
 
-def test_a_search_spends_less_than_350_instructions_a_weight(codes):
+def test_a_search_keeps_to_its_instructions(codes):
     # A table like NF4's: the way through, and its loop 17 times more. Falcon-7B's 6.9e9 weights, by 132 multiprocessors that
     # issue 128 instructions of one thread a clock at 1.7 GHz, would take a tenth of a second.
     code = codes["search", 90]
     by_cell = max(code.loops(), key=lambda body: aot.count(body)["SHFL"])
-    assert 200 < (len(code.straight()) + (2 * len(SHARES) - 1) * len(by_cell)) / 32 <= 350
+    assert 200 < (len(code.straight()) + (2 * len(SHARES) - 1) * len(by_cell)) / 32 <= 335
     assert not aot.count(by_cell).keys() & {"LDG", "LDS", "STS", "BAR"}
 
 
