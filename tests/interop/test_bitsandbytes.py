@@ -491,10 +491,10 @@ def test_its_cuda_kernels_read_searched_scales_of_either_sign(dtype, quant_type,
     parts = {name: part for name, part in bnb_layout.to_4bit(q).items() if name != "weight"}
     state = functional.QuantState.from_dict(parts, torch.device("cuda"))
     ours, codes = q.dequantize(), q.codes.view(-1, 1)
-    # Its table of levels is in the kernel, in as many digits: a product may be rounded to the neighbour, but not its sign.
+    # Its kernel has a table of its own: NF4's float32 numbers, and FP4's in fewer digits, which may round to the neighbour.
     decoded = functional.dequantize_4bit(codes, state).view_as(ours)
-    step = torch.finfo(dtype).eps * ours.float().abs()
-    assert ((decoded.float() - ours.float()).abs() <= step).all() and (decoded.sign() == ours.sign()).all()
+    step = (0 if quant_type == "nf4" else torch.finfo(dtype).eps) * ours.float().abs()
+    assert ((decoded.float() - ours.float()).abs() <= step).all()
     # One row goes through its gemv, more through its decoding or a fused product.
     bound = 8 * torch.finfo(dtype).eps + 1024 * 2.0**-24
     for rows in (1, 32):
@@ -503,5 +503,5 @@ def test_its_cuda_kernels_read_searched_scales_of_either_sign(dtype, quant_type,
         exact = x.double() @ ours.double().T
         assert ((product.double() - exact).abs() <= bound * (x.double().abs() @ ours.double().abs().T)).all()
     x = torch.randn(1, 1024, generator=torch.Generator().manual_seed(3)).to("cuda", dtype)
-    product = functional.gemv_4bit(x, codes.t(), state=state)
+    product = functional.gemv_4bit(x, codes, state=state)
     assert ((product.double() - x.double() @ ours.double().T).abs() <= bound * (x.double().abs() @ ours.double().abs().T)).all()
