@@ -9,6 +9,7 @@ encoded must decode to within half of the table's widest gap; what does not gets
 floor = bytes read and written once / measured copy bandwidth. qlite's times are of CUDA graphs over weights and results
 rotated past the L2 cache, median of replays. bitsandbytes' quantize copies from the host, which a graph cannot hold: CUDA
 events, launches included where they take longer than the work. Double quantization is two ops of qlite's, timed as one.
+"quantize, searched" is `search=True`: the search, the double quantization of its scales, the codes for what that leaves.
 """
 
 from __future__ import annotations
@@ -58,6 +59,16 @@ def encode(weight: torch.Tensor, levels: torch.Tensor, double_quant: bool):
     return codes, *torch.ops.qlite.quantize_nf4_absmax(absmax), levels
 
 
+def encode_searched(weight: torch.Tensor, levels: torch.Tensor, double_quant: bool):
+    """Returns the parts of a weight whose scales are searched for, by qlite's ops alone."""
+    absmax, scale, offset = torch.ops.qlite.search_nf4(weight, levels, BLOCK, None), None, None
+    scales = absmax
+    if double_quant:
+        absmax, scale, offset = torch.ops.qlite.quantize_nf4_absmax(absmax)
+        scales = nf4.dequantize_absmax(absmax, scale, offset)
+    return torch.ops.qlite.encode_nf4(weight, scales, levels, BLOCK), absmax, scale, offset, levels
+
+
 def decode(coded, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     """Returns the dense weight, by qlite's op."""
     return torch.ops.qlite.dequantize_nf4(*coded, in_features, BLOCK, dtype)
@@ -78,8 +89,21 @@ def encodes_exactly(weight: torch.Tensor, levels: torch.Tensor, double_quant: bo
     """Returns whether codes and absmax are the reference's, bit for bit."""
     codes, absmax = nf4.quantize(weight, levels, BLOCK)
     wanted = (codes, *(nf4.quantize_absmax(absmax) if double_quant else (absmax, None, None)))
-    found = encode(weight, levels, double_quant)[:4]
-    return all(w is f or torch.equal(w, f) for w, f in zip(wanted, found, strict=True))
+    return equal(wanted, encode(weight, levels, double_quant))
+
+
+def searches_exactly(weight: torch.Tensor, levels: torch.Tensor, double_quant: bool) -> bool:
+    """Returns whether the first rows are encoded with searched scales as by the reference, bit for bit."""
+    weight = weight[:CHECKED_ROWS]
+    scales = nf4.search(weight, levels, BLOCK)
+    coded = nf4.quantize_absmax(scales) if double_quant else (scales, None, None)
+    wanted = (nf4.encode(weight, nf4.dequantize_absmax(*coded), levels, BLOCK), *coded)
+    return equal(wanted, encode_searched(weight, levels, double_quant))
+
+
+def equal(wanted, found) -> bool:
+    """Returns whether the parts of a weight are the same, the table left out."""
+    return all(w is f or torch.equal(w, f) for w, f in zip(wanted, found[:4], strict=True))
 
 
 def timed(what: str, timer: Callable, calls: list[Callable]) -> float | None:
@@ -119,16 +143,18 @@ def measure_layer(model: str, name: str, with_bitsandbytes: bool) -> list[dict]:
                 calls = keeping([functools.partial(bnb.functional.dequantize_4bit, *pair) for pair in theirs], nbytes)
                 line["bitsandbytes_us"] = timed("bitsandbytes dequantize", cuda_graph_time, calls)
             lines.append(line)
-        line = {**shape, "work": "quantize", "dtype": "bfloat16", "double_quant": double_quant}
-        line["floor_us"] = floor_us(out_features, in_features, double_quant, 2, copy_bandwidth())
-        line["correct"] = encodes_exactly(dense[0], levels, double_quant)
-        calls = [functools.partial(encode, weight, levels, double_quant) for weight in dense]
-        line["qlite_us"] = timed("quantize", cuda_graph_time, calls) if line["correct"] else None
+        encodings = {"quantize": (encode, encodes_exactly), "quantize, searched": (encode_searched, searches_exactly)}
+        for work, (encoding, exactly) in encodings.items():
+            line = {**shape, "work": work, "dtype": "bfloat16", "double_quant": double_quant}
+            line["floor_us"] = floor_us(out_features, in_features, double_quant, 2, copy_bandwidth())
+            line["correct"] = exactly(dense[0], levels, double_quant)
+            calls = [functools.partial(encoding, weight, levels, double_quant) for weight in dense]
+            line["qlite_us"] = timed(work, cuda_graph_time, calls) if line["correct"] else None
+            lines.append(line)
         if with_bitsandbytes:
             calls = [functools.partial(bnb.functional.quantize_4bit, weight, **options) for weight in dense]
-            line["bitsandbytes_us"] = timed("bitsandbytes quantize", event_time, calls)
-            line["bitsandbytes_timer"] = "events"
-        lines.append(line)
+            lines[-2]["bitsandbytes_us"] = timed("bitsandbytes quantize", event_time, calls)
+            lines[-2]["bitsandbytes_timer"] = "events"
     return lines
 
 

@@ -21,7 +21,6 @@ import qlite
 from benchmarks.common import peer, record, table
 from qlite import bnb_layout
 from qlite.data import ASSETS
-from qlite.nf4 import FP4_LEVELS, LS4_LEVELS
 
 ROWS, COLUMNS = 2048, 4544
 METHODS: dict[str, dict] = {
@@ -31,10 +30,13 @@ METHODS: dict[str, dict] = {
     "nf4 float32 scales searched": {"double_quant": False, "search": True},
     "nf4 blocks of 32": {"block_size": 32},
     "nf4 blocks of 32 searched": {"block_size": 32, "search": True},
-    "ls4 searched": {"levels": LS4_LEVELS, "search": True},
-    "ls4 blocks of 32 searched": {"levels": LS4_LEVELS, "block_size": 32, "search": True},
-    "fp4": {"levels": FP4_LEVELS},
-    "fp4 searched": {"levels": FP4_LEVELS, "search": True},
+    "ls4 searched": {"levels": "ls4", "search": True},
+    "ls4 blocks of 32 searched": {"levels": "ls4", "block_size": 32, "search": True},
+    "bof4-s searched": {"levels": "bof4-s", "search": True},
+    "best table searched": {"levels": "best", "search": True},
+    "af4": {"levels": "af4"},
+    "fp4": {"levels": "fp4"},
+    "fp4 searched": {"levels": "fp4", "search": True},
 }
 
 

@@ -24,15 +24,14 @@ from torch import Tensor
 import qlite
 from benchmarks.common import record, table
 from qlite.data import ASSETS
-from qlite.nf4 import FP4_LEVELS, LS4_LEVELS
 
 WINDOW, BATCH, SAMPLES = 256, 16, 2000
 FORMATS: dict[str, dict] = {
     "nf4": {},
     "nf4 searched": {"search": True},
-    "ls4 searched": {"levels": LS4_LEVELS, "search": True},
+    "ls4 searched": {"levels": "ls4", "search": True},
     "nf4 blocks of 32": {"block_size": 32},
-    "fp4": {"levels": FP4_LEVELS},
+    "fp4": {"levels": "fp4"},
 }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlite.lora import LoRAConfig
+from qlite.nf4 import TABLES
 
 QUESTION = "How can I create an account?"
 #: The linear layers of a Falcon's blocks.
@@ -121,17 +122,16 @@ def _quantize_argument(kinds: list[dict[str, Any]]) -> tuple[str, str]:
     """Returns the argument that encodes the base as in training, and what it needs imported; "" for a dense base."""
     if kinds == [{"format": "int8"}]:
         return ", quantize=qlite.Linear8bit", ""
-    if len(kinds) != 1 or kinds[0]["format"] not in ("nf4", "fp4"):
+    if len(kinds) != 1 or kinds[0]["format"] not in TABLES:
         return "", ""
     default = {"block_size": 64, "double_quant": True, "search": False}
     found = {**default, **kinds[0]}
     options = [f"{key}={found[key]}" for key in default if found[key] != default[key]]
-    imports = ""
-    if kinds[0]["format"] == "fp4":
-        options, imports = [*options, "levels=FP4_LEVELS"], "from qlite.nf4 import FP4_LEVELS\n"
+    if kinds[0]["format"] != "nf4":
+        options.append(f"levels={json.dumps(kinds[0]['format'])}")
     if not options:
         return ", quantize=qlite.Linear4bit", ""
-    return f", quantize=functools.partial(qlite.Linear4bit, {', '.join(options)})", "import functools\n" + imports
+    return f", quantize=functools.partial(qlite.Linear4bit, {', '.join(options)})", "import functools\n"
 
 
 def _qlite_code(repo_id: str, values: dict[str, Any], training: dict[str, Any], falcon: bool) -> str:

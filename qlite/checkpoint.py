@@ -27,7 +27,7 @@ from qlite.download import commit_of, resolve_folder
 from qlite.falcon import Falcon, FalconConfig
 from qlite.head import quantize_head
 from qlite.linear import Linear4bit, Linear8bit, QuantizedLinear
-from qlite.nf4 import FP4_LEVELS, NF4_LEVELS
+from qlite.nf4 import TABLES
 from qlite.ops import levels_tensor
 from qlite.quantize import quantize_model
 from qlite.storage import (
@@ -288,7 +288,7 @@ def _assign(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
 
 def _levels(options: dict[str, Any]) -> tuple[float, ...]:
     """Returns the table of levels of a layer's options; KeyError for a format that has none."""
-    return {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS, "custom4": tuple(options.get("levels", ()))}[options["format"]]
+    return {**TABLES, "custom4": tuple(options.get("levels", ()))}[options["format"]]
 
 
 def _encoded_layer(linear: nn.Linear | QuantizedLinear, options: Any) -> QuantizedLinear:

@@ -33,7 +33,6 @@ from qlite.flags import DTYPES, HEADS, OPTIMIZERS, RECIPES, VERBS, parser
 from qlite.journal import plot_losses
 from qlite.linear import QuantizedLinear
 from qlite.memory import whether_it_fits
-from qlite.nf4 import FP4_LEVELS
 from qlite.resume import checkpoints
 from qlite.storage import FLOATS, check_free, no_duplicates, read_json, read_tensor, stored_tensors
 from qlite.switching import DEFAULT
@@ -65,18 +64,18 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _kind(options: argparse.Namespace, encoded: bool) -> Callable[..., QuantizedLinear] | None:
     """Returns what the linears become, None for dense or as they are; ValueError for a flag that would do nothing."""
     name = options.quantize or ("none" if encoded else "nf4")
-    if name not in ("nf4", "fp4") and (options.block_size, options.double_quant, options.search) != (None, None, False):
+    if name in ("int8", "none") and (options.block_size, options.double_quant, options.search) != (None, None, False):
         what = "the base is quantized already" if encoded else f"the linears are {name}"
-        raise ValueError(f"--block-size, --double-quant and --search are for nf4 and fp4; {what}")
+        raise ValueError(f"--block-size, --double-quant and --search are for formats of four bits; {what}")
     four_bit = functools.partial(
         qlite.Linear4bit,
         block_size=64 if options.block_size is None else options.block_size,
         double_quant=options.double_quant is not False,
+        levels=name,
         search=options.search,
         flat=options.verb == "quantize" and options.layout == "bitsandbytes",
     )
-    kinds = {"nf4": four_bit, "fp4": functools.partial(four_bit, levels=FP4_LEVELS), "int8": qlite.Linear8bit, "none": None}
-    return kinds[name]
+    return {"int8": qlite.Linear8bit, "none": None}.get(name, four_bit)
 
 
 def _load(options: argparse.Namespace, *, stored_dtype: bool = False) -> tuple[Falcon, Tokenizer]:

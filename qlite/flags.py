@@ -12,7 +12,7 @@ import torch
 import qlite
 from qlite.data import ASSETS
 from qlite.lora_init import STARTS
-from qlite.nf4 import BLOCK_SIZES
+from qlite.nf4 import BLOCK_SIZES, TABLES
 from qlite.recompute import MODES
 from qlite.saving import LAYOUTS
 from qlite.train import SCHEDULES
@@ -49,11 +49,12 @@ def _add_base_flags(parser: argparse.ArgumentParser, device: bool = True) -> Non
     group = parser.add_argument_group("model")
     group.add_argument("--base", default=str(ASSETS / "tiny-falcon"), help="folder or hub id of the base")
     group.add_argument("--revision", help="branch, tag or commit of the base on the hub")
-    formats = ("nf4", "fp4", "int8", "none")
-    group.add_argument("--quantize", choices=formats, help="format of the linears; nf4 unless the base is quantized already")
-    group.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights per absmax (nf4, fp4); None: 64")
-    group.add_argument("--double-quant", action=argparse.BooleanOptionalAction, help="encode absmax too (nf4, fp4); None: yes")
-    group.add_argument("--search", action="store_true", help="of scales with less error than absmax (nf4, fp4)")
+    formats = (*TABLES, "best", "int8", "none")
+    of_linears = "format of the linears; best: of tables of 16 levels what fits each; nf4 unless the base is quantized already"
+    group.add_argument("--quantize", choices=formats, help=of_linears)
+    group.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights per absmax (four bits); None: 64")
+    group.add_argument("--double-quant", action=argparse.BooleanOptionalAction, help="encode absmax too (four bits); None: yes")
+    group.add_argument("--search", action="store_true", help="of scales with less error than absmax (four bits)")
     group.add_argument(
         "--dtype",
         choices=("auto", *DTYPES),

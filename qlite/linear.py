@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlite import nf4, ops
-from qlite.nf4 import FP4_LEVELS, NF4_LEVELS, NF4Tensor
+from qlite.nf4 import NF4Tensor
 from qlite.operators import keeps_decoded_weights
 
 #: Up to so many rows two products by the codes and one by a decoded weight are faster than decoding for all three.
@@ -107,7 +107,8 @@ class Linear4bit(QuantizedLinear):
         in_features, out_features, bias, device, dtype: as in nn.Linear.
         block_size: weights per absmax: 32, 64, ..., 4096.
         double_quant: the absmax values are encoded in 8 bits.
-        levels: 16 values in [-1, 1]: nf4.NF4_LEVELS (default), nf4.FP4_LEVELS or a table of one's own.
+        levels: the name of a table, 16 values in [-1, 1], or "best", of which `quantize_` makes the table that fits the weight;
+            see `qlite.quantize_nf4`.
         flat: blocks run over the flattened weight, across its rows, as in bitsandbytes. It matters where in_features is
             not a whole number of blocks; elsewhere the bytes are the same.
         search: `quantize_` looks for better scales than absmax; see `qlite.quantize_nf4`.
@@ -136,7 +137,7 @@ class Linear4bit(QuantizedLinear):
         *,
         block_size: int = 64,
         double_quant: bool = True,
-        levels: Sequence[float] = NF4_LEVELS,
+        levels: str | Sequence[float] = "nf4",
         flat: bool = False,
         search: bool = False,
         device: torch.device | str | None = None,
@@ -145,8 +146,8 @@ class Linear4bit(QuantizedLinear):
         super().__init__(in_features, out_features, bias, device, dtype)
         ops.check_block_size(block_size)
         self.block_size, self.double_quant, self.flat, self.search = block_size, double_quant, flat, search
-        self._table = tuple(levels)
-        table = ops.levels_tensor(levels, "cpu")
+        self._levels = levels if isinstance(levels, str) else tuple(levels)
+        self._table = nf4.levels_of("nf4" if levels == "best" else levels)
         rows, row = (1, out_features * in_features) if flat else (out_features, in_features)
         blocks = nf4.blocks_per_row(row, block_size)
         codes = torch.zeros(rows, (row + 1) // 2, dtype=torch.uint8, device=device)
@@ -161,15 +162,21 @@ class Linear4bit(QuantizedLinear):
             zeros = torch.zeros(rows, blocks, device=device, dtype=torch.float32)
             self.register_buffer("absmax", zeros)
             self.absmax_scale = self.absmax_offset = None
-        self.register_buffer("levels", table.to(self.weight.device))
+        self.register_buffer("levels", torch.tensor(self._table, dtype=torch.float32, device=self.weight.device))
 
-    def quantize_(self, dense: Tensor) -> Linear4bit:
-        """Encodes `dense` (out_features, in_features) on its device into this module; see QuantizedLinear."""
+    def quantize_(self, dense: Tensor, *, weighting: Tensor | None = None) -> Linear4bit:
+        """Encodes `dense` (out_features, in_features) on its device into this module; see QuantizedLinear.
+
+        Args:
+            weighting: (in_features,), of the errors that the search compares; see `qlite.quantize_nf4`.
+        """
         self._check_dense(dense)
         encoded = ops.quantize_nf4(
-            dense, block_size=self.block_size, double_quant=self.double_quant, levels=self._table, flat=self.flat,
-            search=self.search,
+            dense, block_size=self.block_size, double_quant=self.double_quant, levels=self._levels, flat=self.flat,
+            search=self.search, weighting=weighting,
         )  # fmt: skip
+        if self._levels == "best":
+            self._table = tuple(encoded.levels.tolist())
         self.weight = nn.Parameter(encoded.codes, requires_grad=False)
         if self.double_quant:
             self.absmax = nn.Parameter(encoded.absmax, requires_grad=False)
@@ -192,9 +199,9 @@ class Linear4bit(QuantizedLinear):
         return self.encoded().dequantize()
 
     def config(self) -> dict[str, Any]:
-        """Returns {"format": "nf4" | "fp4" | "custom4", "block_size", "double_quant"}, with "levels" of a custom table,
+        """Returns {"format": a name of nf4.TABLES or "custom4", "block_size", "double_quant"}, with "levels" of a custom table,
         "flat": True of a flat layer and "search": True of one whose scales are searched for."""
-        named = {NF4_LEVELS: "nf4", FP4_LEVELS: "fp4"}.get(self._table)
+        named = nf4.name_of(self._table)
         options = {"format": named or "custom4", "block_size": self.block_size, "double_quant": self.double_quant}
         options |= {} if named else {"levels": list(self._table)}
         return options | {key: True for key in ("flat", "search") if getattr(self, key)}

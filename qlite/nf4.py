@@ -7,14 +7,16 @@ over the flattened tensor: where a row is a whole number of blocks the bytes are
 "flat", as one long row.
 
 The functions here are the specification that kernels are held against, in plain PyTorch. Not done here: choosing between
-reference and kernel (ops.py), modules (linear.py), a kernel for the search of a better scale than absmax.
+reference and kernel (ops.py), modules (linear.py).
 """
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,12 +39,31 @@ FP4_LEVELS: tuple[float, ...] = (
 )  # fmt: skip
 # The least squared error of normal weights in blocks of 64 with `search`: benchmarks/derive_table.py derives it from a seed.
 LS4_LEVELS: tuple[float, ...] = (
-    -0.8255933, -0.6344981, -0.4930082, -0.3744573, -0.2706992, -0.1757215, -0.0862761, 0.0,
-    0.0843605, 0.171601, 0.2632536, 0.3628469, 0.4740077, 0.6039904, 0.7689504, 1.0,
+    -0.8255802, -0.634489, -0.4930036, -0.374451, -0.2706906, -0.1757187, -0.0862749, 0.0,
+    0.0843597, 0.1715993, 0.2632475, 0.3628353, 0.4739965, 0.603978, 0.7689533, 1.0,
 )  # fmt: skip
+# The least absolute error of a normal weight's share of absmax, in blocks of 64: "abnormal floats" (arXiv 2306.06965).
+AF4_LEVELS: tuple[float, ...] = (
+    -1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0,
+    0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0,
+)  # fmt: skip
+# The least squared error of normal weights in blocks of 64 whose scale is the value with the largest magnitude, of its sign:
+# BOF4-S, optimised for MSE (arXiv 2505.06653, table 6). Without `search`, whose scales have signs, it gains nothing.
+BOF4S_LEVELS: tuple[float, ...] = (
+    -0.8568463921546936, -0.6692874431610107, -0.5235266089439392, -0.4004882574081421,
+    -0.2910638153553009, -0.1900092959403992, -0.0938529595732689, 0.0,
+    0.0887671709060669, 0.1794802695512772, 0.2743096053600311, 0.3760197460651398,
+    0.4886530041694641, 0.6188603639602661, 0.7791395783424377, 1.0,
+)  # fmt: skip
+#: The tables by name, as `levels` takes them; benchmarks/derive_table.py derives the last three. Files name them too.
+TABLES: dict[str, tuple[float, ...]] = {
+    "nf4": NF4_LEVELS, "fp4": FP4_LEVELS, "af4": AF4_LEVELS, "bof4-s": BOF4S_LEVELS, "ls4": LS4_LEVELS,
+}  # fmt: skip
+#: What levels="best" tries on each weight.
+CANDIDATES = ("nf4", "bof4-s", "ls4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-#: Shares of absmax that `search` tries as a block's scale, beside 1.
-RATIOS = (0.76, 0.82, 0.88, 0.94, 1.06, 1.12, 1.18, 1.24)
+#: Shares of absmax that `search` tries as a block's scale, in fiftieths: 0.76, 0.82, ... 1.24.
+SHARES = range(38, 63, 3)
 #: Weights encoded at a time, in whole rows or whole blocks: what is computed on the way takes tens of bytes a weight.
 CHUNK = 2**20
 #: Absmax values that share one second-level scale.
@@ -104,6 +125,11 @@ class NF4Tensor:
         )  # fmt: skip
         return decoded.view(self.shape)
 
+    def squared_error(self, weight: Tensor, weighting: Tensor | None = None) -> float:
+        """Returns the sum of squared differences from a weight of the same shape; `weighting` (columns,) multiplies them."""
+        errors = (self.dequantize(torch.float32) - weight.detach()).square()
+        return (errors if weighting is None else errors * weighting.to(errors.device)).sum(dtype=torch.float64).item()
+
     def to(self, device: torch.device | str) -> NF4Tensor:
         """Returns the same value on another device; nothing is decoded on the way."""
         moved = {
@@ -112,6 +138,27 @@ class NF4Tensor:
             if isinstance(getattr(self, field.name), Tensor)
         }
         return dataclasses.replace(self, **moved)
+
+
+def levels_of(levels: str | Sequence[float]) -> tuple[float, ...]:
+    """Returns the 16 values of a table, given by its name or as they are.
+
+    Raises:
+        ValueError: an unknown name, not 16 finite values in [-1, 1], or fewer than two different ones.
+    """
+    if isinstance(levels, str) and levels not in TABLES:
+        raise ValueError(f"levels: there is no table named {levels!r}; wanted one of {', '.join(TABLES)}, or 16 values")
+    values = TABLES[levels] if isinstance(levels, str) else tuple(float(level) for level in levels)
+    # Of Python numbers, not of a tensor: inside `with torch.device("meta")` a new tensor has no values to look at.
+    if len(values) != 16 or not all(abs(value) <= 1 for value in values) or len(set(values)) < 2:
+        raise ValueError(f"levels: wanted 16 finite values in [-1, 1], not all the same; got {list(values)}")
+    return values
+
+
+def name_of(levels: Sequence[float]) -> str | None:
+    """Returns the name of a table with the same float32 values, or None."""
+    values = array.array("f", levels)
+    return next((name for name, table in TABLES.items() if array.array("f", table) == values), None)
 
 
 def row_length(shape: torch.Size) -> int:
@@ -206,15 +253,18 @@ def _codes(padded: Tensor, factors: Tensor, columns: int, midpoints: Tensor, ord
     return pack(codes.flatten(1)[:, : columns + columns % 2])
 
 
-def search(weight: Tensor, levels: Tensor, block_size: int) -> Tensor:
+def search(weight: Tensor, levels: Tensor, block_size: int, weighting: Tensor | None = None) -> Tensor:
     """Returns for each block the signed scale with the least squared error of those tried: a better one than its absmax.
 
-    RATIOS times absmax, with both signs, give codes; the best scale for given codes l is (w . l) / (l . l), which leaves
+    SHARES of absmax, with both signs, give codes; the best scale for given codes l is (w . l) / (l . l), which leaves
     |w|^2 - (w . l)^2 / (l . l). The best of these is encoded once more, and its scale taken from those codes. No block is worse
-    than by its absmax, up to rounding. A negative scale mirrors the table, whose two sides differ.
+    than by its absmax, up to rounding. A negative scale mirrors the table, whose two sides differ. Every sum is one of pairs of
+    neighbours, of pairs of those, and so on: the same bits on every device, and the reference of `ops.quantize_nf4`.
 
     Args:
-        weight: (R, C) floating point, finite. levels: float32 (16,). block_size: weights per scale, even.
+        weight: (R, C) floating point, finite. levels: float32 (16,). block_size: weights per scale, a power of two.
+        weighting: float32, 0 or more, of each column, or None for 1; what its length is exceeded by begins anew, for a matrix
+            that is given as one row. It weighs the squared errors of its column.
 
     Returns:
         float32 (R, ceil(C / block_size)), of either sign; 0 for a block of zeros.
@@ -230,32 +280,45 @@ def search(weight: Tensor, levels: Tensor, block_size: int) -> Tensor:
     for first, start in itertools.product(range(0, rows, step), range(0, columns, width)):
         part, stop = slice(first, first + step), min(start + width, columns)
         padded = _blocks(weight[part, start:stop], block_size)
-        real = _blocks(torch.ones((1, stop - start), device=weight.device), block_size)  # a padding zero has no level to count
-        scales[part, start // block_size : -(-stop // block_size)] = _search_blocks(padded, real, midpoints, values)
+        counts = torch.ones(stop - start, device=weight.device)  # a padding zero has no level to count
+        if weighting is not None:
+            counts = weighting[torch.arange(start, stop, device=weight.device) % len(weighting)]
+        counts = _blocks(counts[None], block_size)
+        scales[part, start // block_size : -(-stop // block_size)] = _search_blocks(padded, counts, midpoints, values)
     return scales
 
 
-def _search_blocks(padded: Tensor, real: Tensor, midpoints: Tensor, values: Tensor) -> Tensor:
+def _pair_sums(values: Tensor) -> Tensor:
+    """Returns the sums over the last dimension, a power of two long: neighbours are added until one is left."""
+    while values.shape[-1] > 1:
+        values = values[..., 0::2] + values[..., 1::2]
+    return values[..., 0]
+
+
+def _search_blocks(padded: Tensor, counts: Tensor, midpoints: Tensor, values: Tensor) -> Tensor:
     absmax = padded.abs().amax(dim=2) if padded.numel() else padded.new_zeros(padded.shape[:2])
     share = padded * reciprocal(absmax)[:, :, None]
 
-    def fitted(ratio: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Returns the best scale for the codes that a scale gives, and how much of the squares it explains."""
-        scaled = share / (ratio[:, :, None] if isinstance(ratio, Tensor) else ratio)
-        taken = values[torch.bucketize(scaled.contiguous(), midpoints)] * real
-        product, square = (share * taken).sum(dim=2), taken.square().sum(dim=2)
-        found = torch.where(square > 0, product / square, 0.0)
-        return found, found * product
+    def fitted(inverse: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Returns w . l and l . l for the levels l that 1 / inverse gives."""
+        taken = values[torch.bucketize(share * inverse, midpoints)]
+        counted = taken * counts
+        return _pair_sums(share * counted), _pair_sums(taken * counted)
 
-    best, explained = fitted(1.0)
-    for ratio in (*RATIOS, *(-ratio for ratio in (1.0, *RATIOS))):
-        found, gain = fitted(ratio)
-        best, explained = torch.where(gain > explained, found, best), torch.maximum(gain, explained)
-    best = torch.where(best == 0, 1.0, best)
-    again, gain = fitted(best)
-    best = torch.where(gain > explained, again, best)
+    product, square = torch.zeros_like(absmax), torch.ones_like(absmax)
+    for sign, ratio in itertools.product((1, -1), SHARES):
+        product, square = _better(product, square, *fitted(sign * 50 / ratio))
+    # Where nothing explains anything, the scale is absmax.
+    product, square = (torch.where(product == 0, 1.0, part) for part in (product, square))
+    product, square = _better(product, square, *fitted((square / product)[:, :, None]))
     largest = torch.finfo(torch.float32).max
-    return torch.where(absmax > 0, best / reciprocal(absmax), 0.0).clamp(-largest, largest)
+    return torch.where(absmax > 0, product / square / reciprocal(absmax), 0.0).clamp(-largest, largest)
+
+
+def _better(product: Tensor, square: Tensor, other_product: Tensor, other_square: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the pair that explains more, (w . l)^2 / (l . l), without a division; the first where they are equal."""
+    more = (other_product * other_product * square > product * product * other_square) & (other_square > 0)
+    return torch.where(more, other_product, product), torch.where(more, other_square, square)
 
 
 def encode(weight: Tensor, scales: Tensor, levels: Tensor, block_size: int) -> Tensor:

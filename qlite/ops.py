@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlite import int8, nf4
 from qlite.int8 import Int8Tensor
-from qlite.nf4 import NF4_LEVELS, NF4Tensor
+from qlite.nf4 import NF4Tensor
 from qlite.operators import declare, differentiate, grad_bias, keep, kernels, on_cuda
 
 # NF4: encode and decode.
@@ -55,6 +55,28 @@ def _quantize_nf4_fake(weight: Tensor, levels: Tensor, block_size: int) -> tuple
 
 declare("quantize_nf4(Tensor weight, Tensor levels, int block_size) -> (Tensor, Tensor)", nf4.quantize, _quantize_nf4_fake)
 on_cuda("quantize_nf4", _quantize_nf4_cuda)
+
+
+def _search_nf4_cuda(weight: Tensor, levels: Tensor, block_size: int, weighting: Tensor | None) -> Tensor:
+    return kernels("nf4_search", weight.device).search(weight, levels, block_size, nf4.SHARES, weighting)
+
+
+def _search_nf4_fake(weight: Tensor, levels: Tensor, block_size: int, weighting: Tensor | None) -> Tensor:
+    return _quantize_nf4_fake(weight, levels, block_size)[1]
+
+
+def _encode_nf4_cuda(weight: Tensor, scales: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    return kernels("nf4_codec", weight.device).quantize(weight, levels, block_size, scales)[0]
+
+
+def _encode_nf4_fake(weight: Tensor, scales: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    return _quantize_nf4_fake(weight, levels, block_size)[0]
+
+
+declare("search_nf4(Tensor weight, Tensor levels, int block_size, Tensor? weighting) -> Tensor", nf4.search, _search_nf4_fake)
+declare("encode_nf4(Tensor weight, Tensor scales, Tensor levels, int block_size) -> Tensor", nf4.encode, _encode_nf4_fake)
+on_cuda("search_nf4", _search_nf4_cuda)
+on_cuda("encode_nf4", _encode_nf4_cuda)
 
 
 def _quantize_nf4_absmax_cuda(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,17 +315,9 @@ def _check_weight(weight: Tensor, caller: str) -> None:
             raise ValueError(f"{caller}: weight holds a non-finite value ({weight[tuple(where)].item()}) at {where}")
 
 
-def levels_tensor(levels: Sequence[float], device: torch.device | str) -> Tensor:
-    """Returns a table of 16 levels as float32 (16,) on `device`.
-
-    Raises:
-        ValueError: not 16 finite values in [-1, 1], or fewer than two different ones.
-    """
-    values = [float(level) for level in levels]
-    # Of Python numbers, not of a tensor: inside `with torch.device("meta")` a new tensor has no values to look at.
-    if len(values) != 16 or not all(abs(value) <= 1 for value in values) or len(set(values)) < 2:
-        raise ValueError(f"levels: wanted 16 finite values in [-1, 1], not all the same; got {list(levels)}")
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def levels_tensor(levels: str | Sequence[float], device: torch.device | str) -> Tensor:
+    """Returns a table of 16 levels as float32 (16,) on `device`; ValueError as in nf4.levels_of."""
+    return torch.tensor(nf4.levels_of(levels), dtype=torch.float32, device=device)
 
 
 def check_block_size(block_size: int) -> None:
@@ -312,14 +326,23 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size is {block_size!r}; wanted one of {', '.join(map(str, nf4.BLOCK_SIZES))}")
 
 
+def _relative_weighting(weighting: Tensor, columns: int, device: torch.device) -> Tensor:
+    """Returns the weights of columns as shares of the largest, float32 on `device`; ValueError for what is none."""
+    if weighting.shape != (columns,) or not (weighting.isfinite() & (weighting >= 0)).all() or not weighting.any():
+        raise ValueError(f"weighting: wanted ({columns},) finite numbers, none below 0, not all 0; got {weighting}")
+    weighting = weighting.detach().to(device, torch.float32)
+    return weighting / weighting.max()
+
+
 def quantize_nf4(
     weight: Tensor,
     *,
     block_size: int = 64,
     double_quant: bool = True,
-    levels: Sequence[float] = NF4_LEVELS,
+    levels: str | Sequence[float] = "nf4",
     flat: bool = False,
     search: bool = False,
+    weighting: Tensor | None = None,
 ) -> NF4Tensor:
     """Returns `weight` encoded in 4 bits, on its device.
 
@@ -328,15 +351,19 @@ def quantize_nf4(
             rounded to float32.
         block_size: weights per absmax: 32, 64, 128, ..., 4096.
         double_quant: encode the absmax values in 8 bits too (4.127 instead of 4.5 bits per weight at block size 64).
-        levels: 16 values in [-1, 1]: NF4_LEVELS, FP4_LEVELS or a table of one's own.
+        levels: a name of nf4.TABLES ("nf4", "fp4", "af4", "bof4-s", "ls4"), 16 values in [-1, 1], or "best": of
+            nf4.CANDIDATES the table with the least squared error of this weight.
         flat: blocks run over the flattened tensor, across its rows, as bitsandbytes has them.
         search: the scale of a block is not its absmax but, of some tried, the one with the least squared error (nf4.search),
             and codes are chosen for the scale as it is after double quantization. The format is the same, absmax being of
-            either sign; it takes about twenty times as long. False: the bits of bitsandbytes.
+            either sign. False: the bits of bitsandbytes.
+        weighting: of the squared errors of each column, where `search` compares them: (columns,), 0 or more; the mean square
+            of what a layer multiplies the column by, for example.
 
     Raises:
         TypeError: weight is not floating point.
-        ValueError: weight is not finite (its first such index is named), a bad block size or table.
+        ValueError: weight is not finite (its first such index is named), a bad block size, table or weighting, or a
+            weighting without a search.
 
     Source: QLoRA (arXiv 2305.14314), section 3.
 
@@ -347,19 +374,27 @@ def quantize_nf4(
     """
     _check_weight(weight, "quantize_nf4")
     check_block_size(block_size)
+    if weighting is not None and not search:
+        raise ValueError("quantize_nf4: weighting is of the errors that a search compares; pass search=True")
+    if levels == "best":
+        options = {"block_size": block_size, "double_quant": double_quant, "flat": flat}
+        options |= {"search": search, "weighting": weighting}
+        tried = (quantize_nf4(weight, levels=name, **options) for name in nf4.CANDIDATES)
+        return min(tried, key=lambda encoded: encoded.squared_error(weight, weighting))
     table = levels_tensor(levels, weight.device)
     row = nf4.row_length(weight.shape)
     rows = (1 if flat else weight.shape[:-1].numel()), (weight.numel() if flat else row)
     matrix = weight.detach().reshape(rows)
     if search:
-        absmax = nf4.search(matrix, table, block_size)
+        weighting = None if weighting is None else _relative_weighting(weighting, row, weight.device)
+        absmax = torch.ops.qlite.search_nf4(matrix, table, block_size, weighting)
     else:
         codes, absmax = torch.ops.qlite.quantize_nf4(matrix, table, block_size)
     scale = offset = None
     if double_quant:
         absmax, scale, offset = torch.ops.qlite.quantize_nf4_absmax(absmax)
     if search:
-        codes = nf4.encode(matrix, nf4.dequantize_absmax(absmax, scale, offset), table, block_size)
+        codes = torch.ops.qlite.encode_nf4(matrix, nf4.dequantize_absmax(absmax, scale, offset), table, block_size)
     return NF4Tensor(codes, absmax, scale, offset, table, weight.shape, weight.dtype, block_size)
 
 

@@ -28,6 +28,7 @@ from benchmarks import (
     linear_nf4,
     nf4_codec,
     roof_plot,
+    small_scales,
     step_plot,
     training_step,
 )  # fmt: skip
@@ -220,6 +221,39 @@ def test_an_encoder_that_takes_another_level_is_seen(monkeypatch, double_quant):
     codes[3, 5] ^= 0x10
     monkeypatch.setattr(nf4_codec, "encode", lambda *arguments: (codes, *rest))
     assert not nf4_codec.encodes_exactly(weight, levels, double_quant)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_search_that_takes_another_scale_is_seen(monkeypatch, double_quant):
+    weight, levels = torch.randn(16, 128).bfloat16(), ops.levels_tensor("nf4", "cpu")
+    assert nf4_codec.searches_exactly(weight, levels, double_quant)
+    codes, absmax, *rest = nf4_codec.encode_searched(weight, levels, double_quant)
+    absmax.view(torch.uint8)[3, 1] ^= 1
+    monkeypatch.setattr(nf4_codec, "encode_searched", lambda *arguments: (codes, absmax, *rest))
+    assert not nf4_codec.searches_exactly(weight, levels, double_quant)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 7])
+def test_numbers_of_few_bits_are_packed_without_a_gap(bits):
+    numbers = torch.randint(2**bits, (3, 71), generator=torch.Generator().manual_seed(0))
+    content = small_scales.packed(numbers, bits)
+    assert content.dtype == torch.uint8 and content.numel() == -(-numbers.numel() * bits // 8)
+    assert torch.equal(small_scales.unpacked(content, bits, numbers.numel()), numbers.flatten())
+
+
+def test_scales_of_few_bits_are_the_best_of_their_table_and_decode_from_their_bytes():
+    w = torch.randn(4, 640, generator=torch.Generator().manual_seed(1))
+    levels, scales = torch.tensor(nf4.LS4_LEVELS), torch.cat((-torch.linspace(1.5, 3.5, 8), torch.linspace(1.5, 3.5, 8)))
+    decoded, nbytes = small_scales.in_small_blocks(w, 4, levels, scales)
+    assert nbytes == 4 * 320 + 80 // 2 + 4 * 2  # codes, scales of half a byte for 80 blocks, float16 for 4 rows
+    size = w.square().mean(dim=1).sqrt().half().float().repeat_interleave(20)
+    blocks = w.view(80, 32)
+    grid = (levels[:, None] * scales[None]).T[None] * size[:, None, None]  # (80, 16 scales, 16 levels)
+    least = (blocks[:, None, :, None] - grid[:, :, None, :]).square().amin(dim=3).sum(dim=2).amin(dim=1)
+    assert torch.allclose((decoded.view(80, 32) - blocks).square().sum(dim=1), least, rtol=1e-3)
+    log, nbytes = small_scales.with_log_scales(w, levels)
+    assert nbytes == 4 * 320 + 40 + 4 * 4
+    assert (log - w).square().mean() < 1.02 * qlite.quantize_nf4(w, levels="ls4", search=True).squared_error(w) / w.numel()
 
 
 def test_an_int8_product_is_known_by_what_x_was_for_it():

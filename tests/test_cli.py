@@ -534,7 +534,7 @@ def test_what_is_told_bit_by_bit_is_the_whole_answer(tokens):
         (["generate", "a", "--revision", "main"], "is a folder, which has no revision 'main'"),
         (
             ["generate", "a", "--quantize", "int8", "--block-size", "128"],
-            "--search are for nf4 and fp4",
+            "--search are for formats of four bits",
         ),
         (["quantize", "--output", "new", "--quantize", "none"], "there is nothing to quantize"),
         (["finetune", "--base", "."], "has no config.json"),

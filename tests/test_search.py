@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 
@@ -14,7 +15,7 @@ import qlite
 from benchmarks import derive_table
 from qlite import cli, nf4
 from qlite.data import ASSETS
-from qlite.nf4 import FP4_LEVELS, LS4_LEVELS, NF4_LEVELS
+from qlite.nf4 import FP4_LEVELS, LS4_LEVELS, NF4_LEVELS, TABLES
 from tests.strategies import DTYPES, block_sizes, tables, weights
 
 
@@ -74,6 +75,105 @@ def test_our_own_table_is_the_derived_one_and_has_less_error_still():
     w = torch.randn(256, 4096, generator=torch.Generator().manual_seed(4))
     levels = torch.tensor(LS4_LEVELS)
     assert (derive_table.improved(w, levels, 1.0) - levels).abs().max() < 0.005
+
+
+@pytest.mark.parametrize(
+    ("name", "derived", "bound"), [("af4", derive_table.abnormal_float, 1e-7), ("bof4-s", derive_table.optimal_float, 2e-4)]
+)
+def test_the_published_tables_follow_from_their_definitions(name, derived, bound):
+    assert (derived() - torch.tensor(TABLES[name], dtype=torch.float64)).abs().max() < bound
+
+
+def test_tables_go_by_name():
+    w = normal(4, 640)
+    for name, table in TABLES.items():
+        by_name, by_values = (qlite.quantize_nf4(w, levels=levels, search=True) for levels in (name, table))
+        assert torch.equal(by_name.codes, by_values.codes) and by_name.levels.tolist() == by_values.levels.tolist()
+        assert nf4.name_of(by_name.levels.tolist()) == name
+    assert nf4.name_of(NF4_LEVELS[::-1]) is None
+    with pytest.raises(ValueError, match=r"'nf5'; wanted one of nf4, fp4, af4, bof4-s, ls4, or 16 values"):
+        qlite.quantize_nf4(w, levels="nf5")
+
+
+def test_published_tables_have_the_errors_that_are_said_of_them():
+    # AF4 by absmax: more squared error than NF4 (its aim is the absolute one). BOF4-S with searched scales: hardly over ls4.
+    assert relative_error(normal(), levels="af4") == pytest.approx(0.00915, abs=5e-5)
+    assert 0.0064 < relative_error(normal(), levels="bof4-s", search=True) <= 0.00661
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_best_table_is_the_one_with_the_least_error(dtype, search):
+    chosen = set()
+    tails = torch.distributions.StudentT(3.0)
+    torch.manual_seed(0)
+    for w in (normal(32, 640), tails.sample((32, 640)), torch.rand(32, 640) * 2 - 1):
+        w = w.to(dtype)
+        errors = {name: qlite.quantize_nf4(w, levels=name, search=search).squared_error(w) for name in nf4.CANDIDATES}
+        best = qlite.quantize_nf4(w, levels="best", search=search)
+        name = nf4.name_of(best.levels.tolist())
+        assert errors[name] == min(errors.values()) == best.squared_error(w)
+        chosen.add(name)
+    assert len(chosen) > 1 or not search
+
+
+def test_layers_choose_their_tables_apart_and_files_say_which(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(640, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8), torch.nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(normal(64, 640))
+        model[2].weight.copy_(torch.tensor([-1.0, 1.0, 0.7229568362236023, -0.6961928009986877]).repeat(8, 16))
+    qlite.quantize_model(model, functools.partial(qlite.Linear4bit, levels="best", search=True), skip=["3"])
+    formats = [model[place].config()["format"] for place in (0, 2)]
+    assert formats == ["ls4", "nf4"] and all(model[place].config()["search"] for place in (0, 2))
+    x = torch.randn(3, 640)
+    expected = torch.nn.functional.linear(x, model[0].dequantize(), model[0].bias)
+    assert torch.allclose(model[0](x), expected, atol=1e-5)
+    folder = tmp_path / "best"
+    assert cli.main(["quantize", "--output", str(folder), "--quantize", "best", "--search", "--dtype", "float32"]) == 0
+    layers = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+    assert {layer["format"] for layer in layers.values()} <= set(nf4.CANDIDATES)
+    loaded = qlite.load_falcon(folder)
+    for name, layer in loaded.named_modules():
+        if isinstance(layer, qlite.Linear4bit):
+            assert layer.config() == layers[name] and nf4.name_of(layer.levels.tolist()) == layers[name]["format"]
+
+
+def test_weights_of_columns_lower_the_error_that_they_weigh():
+    w, weighting = normal(64, 640), torch.linspace(-4, 4, 640).exp()[torch.randperm(640)]
+    plain, weighed = (qlite.quantize_nf4(w, search=True, weighting=of) for of in (None, weighting))
+    assert weighed.squared_error(w, weighting) < 0.97 * plain.squared_error(w, weighting)
+    assert weighed.squared_error(w) > plain.squared_error(w)
+    # Only their proportions count; all alike are none.
+    same = qlite.quantize_nf4(w, search=True, weighting=torch.full((640,), 3.0))
+    assert torch.equal(same.codes, plain.codes) and torch.equal(same.absmax, plain.absmax)
+    layer = qlite.Linear4bit(640, 64, search=True).quantize_(w, weighting=1e3 * weighting)
+    assert torch.equal(layer.weight, weighed.codes)
+    flat = qlite.quantize_nf4(w, search=True, weighting=weighting, flat=True)
+    assert torch.equal(flat.codes.view(64, -1), weighed.codes)
+
+
+@pytest.mark.parametrize(
+    "weighting", [torch.ones(639), torch.zeros(640), -torch.ones(640), torch.full((640,), torch.inf), torch.ones(1, 640)]
+)
+def test_weights_of_columns_that_make_no_sense_are_refused(weighting):
+    with pytest.raises(ValueError, match="weighting"):
+        qlite.quantize_nf4(normal(2, 640), search=True, weighting=weighting)
+    with pytest.raises(ValueError, match="search=True"):
+        qlite.quantize_nf4(normal(2, 640), weighting=torch.ones(640))
+
+
+@pytest.mark.parametrize("block", [0, 255, 256, 639])
+def test_a_block_far_above_the_others_flips_no_sign(block):
+    # Beside it double quantization leaves scales of any size and sign; codes are chosen for what it leaves.
+    w = normal(16, 64 * 64)
+    w.view(-1, 64)[block] *= 1e4
+    q = qlite.quantize_nf4(w, search=True)
+    scales = nf4.dequantize_absmax(q.absmax, q.absmax_scale, q.absmax_offset)
+    wanted = nf4.search(w, q.levels, 64)
+    assert (scales * wanted < 0).float().mean() > 0.02  # signs of scales do flip: what is below is worth asking
+    assert (q.dequantize() * w >= 0).all()
+    left = nf4.dequantize(nf4.encode(w, wanted, q.levels, 64), scales, None, None, q.levels, w.shape[1], 64, w.dtype)
+    assert (left * w < 0).any()  # had the codes been chosen for the scales before
 
 
 @pytest.mark.parametrize("factor", [1e2, 1e4, 1e8])

@@ -4,6 +4,8 @@
     w_hat  = round_to_dtype(levels[code] * absmax),    absmax = dynamic_levels[code8] * scale + offset
     code8  = count(dynamic midpoints < (absmax - offset) * (1 / scale)),  offset = mean absmax,  scale = max |absmax - offset|
 
+Where scales are given instead (nf4.encode), absmax is read, of either sign.
+
 Layout, with R rows, C columns and B = ceil(C / BLOCK) blocks a row: weight (R, C); codes uint8 (R, ceil(C / 2)), the first
 of a pair in the high nibble; absmax (R, B) float32, or uint8 with scale float32 (ceil(R * B / 256),) and offset float32
 (1,). A thread holds chunks: 8 consecutive weights, one 4-byte word of codes, so that a warp reads and writes whole lines.
@@ -28,8 +30,9 @@ TILE = 1024
 #: Programs that sum the absmax, at most; each program that encodes them reads all the sums.
 PARTS = 1024
 #: Where the decision table holds what, in 4-byte places: 16 midpoints (the last infinite), 16 codes in ascending order of
-#: their levels, then for each of 32 cells its threshold and the midpoints below it, then whether the cells are enough.
-ORDER, THRESHOLD, BELOW, SIMPLE, TABLE = (tl.constexpr(place) for place in (16, 32, 64, 96, 97))
+#: their levels, then for each of 32 cells its threshold and the midpoints below it, then 16 levels in ascending order, then
+#: whether the cells are enough.
+ORDER, THRESHOLD, BELOW, LEVEL, SIMPLE, TABLE = (tl.constexpr(place) for place in (16, 32, 64, 96, 112, 113))
 
 
 # Each thread of a warp holds the entry of a table (of 32 or 16) that its number in the warp names, for shfl to fetch.
@@ -102,6 +105,7 @@ def _decision_kernel(levels_ptr, table_ptr):
     midpoints_ptr = table_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
     tl.store(midpoints_ptr + index, midpoint)
     tl.store(table_ptr + ORDER + index, order)
+    tl.store(midpoints_ptr + LEVEL + index, ascending)
     # A cell that holds one midpoint at most decides with one comparison.
     cell = tl.where(index < different - 1, (_cell(midpoint) << 27) >> 27, 100)
     each = tl.arange(0, 32)
@@ -122,23 +126,72 @@ def _joined(code, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _codes_of(share, table_ptr):
-    """Returns the code of each share, for any table: a search among the sorted midpoints."""
+def _rank_of(share, table_ptr):
+    """Returns how many midpoints each share exceeds, for any table: a search among the sorted midpoints."""
     midpoints_ptr = table_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
     rank = tl.where(share > tl.load(midpoints_ptr + 7), 8, 0)
     rank += tl.where(share > tl.load(midpoints_ptr + rank + 3), 4, 0)
     rank += tl.where(share > tl.load(midpoints_ptr + rank + 1), 2, 0)
     rank += tl.where(share > tl.load(midpoints_ptr + rank), 1, 0)
-    return tl.load(table_ptr + ORDER + rank)
+    return rank
+
+
+@triton.jit
+def _codes_of(share, table_ptr):
+    """Returns the code of each share, for any table."""
+    return tl.load(table_ptr + ORDER + _rank_of(share, table_ptr))
+
+
+@triton.jit
+def _own_cell(share, table_ptr):
+    """Returns what a thread keeps of the cell of its number, for `_rank_by_cell`: threshold and midpoints below, as share."""
+    threshold = tl.inline_asm_elementwise(_ENTRY, "=r,l", [table_ptr + THRESHOLD], tl.float32, False, 1)
+    below = tl.inline_asm_elementwise(_ENTRY, "=r,l", [table_ptr + BELOW], tl.int32, False, 1)
+    return tl.broadcast_to(threshold, share.shape), tl.broadcast_to(below, share.shape)
+
+
+@triton.jit
+def _rank_by_cell(share, threshold, below, CLAMP: tl.constexpr):
+    """Returns `_rank_of` where the cells are enough. CLAMP: shares may lie beyond 1, where there is no cell."""
+    cell = _cell(tl.minimum(tl.maximum(share, -1.0), 1.0) if CLAMP else share)
+    return tl.inline_asm_elementwise(_RANK, "=&r,r,r,r,r", [threshold, below, share, cell], tl.int32, False, 1)
+
+
+@triton.jit
+def _factor(scale, smallest):
+    """Returns what nf4.encode multiplies a block by: the reciprocal of its scale, with its sign; 0 for 0."""
+    inverse = _reciprocal(tl.abs(scale), smallest)
+    return tl.where(scale > 0, inverse, tl.where(scale < 0, -inverse, 0.0))
+
+
+@triton.jit
+def _place_of(chunk, start, blocks_a_row, BLOCK: tl.constexpr):
+    """Returns the row and the first column of each chunk of a tile that begins with block `start`."""
+    CHUNKS: tl.constexpr = BLOCK // 8
+    block = (start % blocks_a_row).to(tl.uint32) + chunk // CHUNKS
+    row = block // blocks_a_row.to(tl.uint32)
+    first = (block - row * blocks_a_row.to(tl.uint32)).to(tl.int64) * BLOCK + (chunk % CHUNKS) * 8
+    return row + start // blocks_a_row, first
+
+
+@triton.jit
+def _absmax_of_chunks(value, BLOCK: tl.constexpr):
+    """Returns for each of the chunks (TILE, 8) the absmax of its block."""
+    CHUNKS: tl.constexpr = BLOCK // 8
+    BLOCKS: tl.constexpr = value.shape[0] // CHUNKS
+    absmax = tl.max(tl.reshape(tl.max(tl.abs(value), axis=1), [BLOCKS, CHUNKS]), axis=1)
+    return tl.reshape(tl.broadcast_to(absmax[:, None], [BLOCKS, CHUNKS]), [BLOCKS * CHUNKS])
 
 
 @triton.jit(do_not_specialize=["blocks_a_row"])
 def _quantize_kernel(
     weight_ptr, table_ptr, codes_ptr, absmax_ptr,
     columns, row_stride, column_stride, blocks_a_row, blocks, smallest,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, WORDS: tl.constexpr, SHUFFLE: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, WORDS: tl.constexpr, SCALED: tl.constexpr,
+    SHUFFLE: tl.constexpr,
 ):  # fmt: skip
     # WHOLE: the weight is contiguous and its rows are whole blocks. WORDS: a row of codes is whole 4-byte words.
+    # SCALED: absmax is given, of either sign, and read; else it is written.
     CHUNKS: tl.constexpr = BLOCK // 8
     BLOCKS: tl.constexpr = TILE // CHUNKS
     chunk = _scattered(TILE)
@@ -148,27 +201,23 @@ def _quantize_kernel(
     if WHOLE:
         value = tl.load(weight_ptr + start * BLOCK + (chunk[:, None] * 8 + eight[None, :]), mask=mask[:, None], other=0.0)
     else:
-        block = (start % blocks_a_row).to(tl.uint32) + chunk // CHUNKS
-        row = block // blocks_a_row.to(tl.uint32)
-        first = (block - row * blocks_a_row.to(tl.uint32)).to(tl.int64) * BLOCK + (chunk % CHUNKS) * 8
-        row += start // blocks_a_row
+        row, first = _place_of(chunk, start, blocks_a_row, BLOCK)
         column = first[:, None] + eight[None, :]
         at = weight_ptr + row[:, None] * row_stride + column * column_stride
         value = tl.load(at, mask=mask[:, None] & (column < columns), other=0.0)
     value = value.to(tl.float32)
-    absmax = tl.max(tl.reshape(tl.max(tl.abs(value), axis=1), [BLOCKS, CHUNKS]), axis=1)
-    absmax = tl.reshape(tl.broadcast_to(absmax[:, None], [BLOCKS, CHUNKS]), [TILE])
-    tl.store(absmax_ptr + start + chunk // CHUNKS, absmax, mask=mask & (chunk % CHUNKS == 0))
-    share = value * _reciprocal(absmax, smallest)[:, None]
+    if SCALED:
+        absmax = tl.load(absmax_ptr + start + chunk // CHUNKS, mask=mask, other=0.0)
+        share = value * _factor(absmax, smallest)[:, None]
+    else:
+        absmax = _absmax_of_chunks(value, BLOCK)
+        tl.store(absmax_ptr + start + chunk // CHUNKS, absmax, mask=mask & (chunk % CHUNKS == 0))
+        share = value * _reciprocal(absmax, smallest)[:, None]
     if WORDS:
         if SHUFFLE:
             if tl.load(table_ptr + SIMPLE) != 0:
-                threshold = tl.inline_asm_elementwise(_ENTRY, "=r,l", [table_ptr + THRESHOLD], tl.float32, False, 1)
-                below = tl.inline_asm_elementwise(_ENTRY, "=r,l", [table_ptr + BELOW], tl.int32, False, 1)
-                threshold, below = tl.broadcast_to(threshold, share.shape), tl.broadcast_to(below, share.shape)
-                inputs = [threshold, below, share, _cell(share)]
-                code = tl.inline_asm_elementwise(_RANK, "=&r,r,r,r,r", inputs, tl.int32, False, 1)
-                word = _joined(code, 8)
+                threshold, below = _own_cell(share, table_ptr)
+                word = _joined(_rank_by_cell(share, threshold, below, SCALED), 8)
             else:
                 word = _joined(_codes_of(share, table_ptr), 8)
         else:
@@ -283,23 +332,31 @@ def _dequantize_kernel(
     tl.store(at[:, None] + each, value.to(out_ptr.dtype.element_ty), mask=mask[:, None])
 
 
-def quantize(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Returns `(codes, absmax)` of a 2-D weight of any strides; see nf4.quantize."""
+def decision(levels: Tensor) -> Tensor:
+    """Returns the decision table of 16 levels, int32 (TABLE,), as the kernels read it."""
+    table = torch.empty(TABLE.value, dtype=torch.int32, device=levels.device)
+    _decision_kernel[(1,)](levels, table, num_warps=8, enable_fp_fusion=False)
+    return table
+
+
+def quantize(weight: Tensor, levels: Tensor, block_size: int, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns `(codes, absmax)` of a 2-D weight of any strides; see nf4.quantize, and nf4.encode where `scales` are given."""
     rows, columns = weight.shape
     blocks_a_row = triton.cdiv(columns, block_size)
     blocks = rows * blocks_a_row
     if weight.dtype == torch.float64:
         weight = weight.float()
     codes = torch.empty((rows, (columns + 1) // 2), dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty((rows, blocks_a_row), dtype=torch.float32, device=weight.device)
+    absmax = scales
+    if absmax is None:
+        absmax = torch.empty((rows, blocks_a_row), dtype=torch.float32, device=weight.device)
     if blocks:
-        table = torch.empty(TABLE.value, dtype=torch.int32, device=weight.device)
-        _decision_kernel[(1,)](levels, table, num_warps=8, enable_fp_fusion=False)
         _quantize_kernel[(triton.cdiv(blocks * block_size, 8 * TILE),)](
-            weight, table, codes, absmax,
+            weight, decision(levels), codes, absmax.contiguous(),
             columns, weight.stride(0), weight.stride(1), blocks_a_row, blocks, SMALLEST_DIVISOR,
             BLOCK=block_size, TILE=TILE, WHOLE=weight.is_contiguous() and columns % block_size == 0,
-            WORDS=columns % 8 == 0, SHUFFLE=weight.device.type == "cuda", num_warps=8, enable_fp_fusion=False,
+            WORDS=columns % 8 == 0, SCALED=scales is not None, SHUFFLE=weight.device.type == "cuda",
+            num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, absmax
 

@@ -478,3 +478,30 @@ def test_it_reads_searched_scales_of_either_sign(quant_type, double_quant):
     assert_same_decoding(q.dequantize(), decoded)
     if quant_type == "nf4":
         assert (decoded - w).square().mean() / w.square().mean() <= 0.0070
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs its CUDA kernels")
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_its_cuda_kernels_read_searched_scales_of_either_sign(dtype, quant_type, double_quant):
+    w = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+    q = qlite.quantize_nf4(w, levels=quant_type, double_quant=double_quant, search=True, flat=True)
+    assert (nf4.dequantize_absmax(q.absmax, q.absmax_scale, q.absmax_offset) < 0).float().mean() > 0.3
+    parts = {name: part for name, part in bnb_layout.to_4bit(q).items() if name != "weight"}
+    state = functional.QuantState.from_dict(parts, torch.device("cuda"))
+    ours, codes = q.dequantize(), q.codes.view(-1, 1)
+    # Its kernel has a table of its own: NF4's float32 numbers, and FP4's in fewer digits, which may round to the neighbour.
+    decoded = functional.dequantize_4bit(codes, state).view_as(ours)
+    step = (0 if quant_type == "nf4" else torch.finfo(dtype).eps) * ours.float().abs()
+    assert ((decoded.float() - ours.float()).abs() <= step).all()
+    # One row goes through its gemv, more through its decoding or a fused product.
+    bound = 8 * torch.finfo(dtype).eps + 1024 * 2.0**-24
+    for rows in (1, 32):
+        x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(rows)).to("cuda", dtype)
+        product = bnb.matmul_4bit(x, codes.t(), state)
+        exact = x.double() @ ours.double().T
+        assert ((product.double() - exact).abs() <= bound * (x.double().abs() @ ours.double().abs().T)).all()
+    x = torch.randn(1, 1024, generator=torch.Generator().manual_seed(3)).to("cuda", dtype)
+    product = functional.gemv_4bit(x, codes, state=state)
+    assert ((product.double() - x.double() @ ours.double().T).abs() <= bound * (x.double().abs() @ ours.double().abs().T)).all()

@@ -111,7 +111,8 @@ class Code:
                 while came_from[path[-1]] >= 0:
                     path.append(came_from[path[-1]])
                 return [lines[place] for place in reversed(path)]
-            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", lines[here])
+            # To a label of the program itself also CALL is a branch: nothing returns from there.
+            target = re.search(r"(?:BRA|CALL).*`\((\.L_x_\d+)\)", lines[here])
             if target:
                 heapq.heappush(queue, (length + 1, labels[target[1]], here))
             if (

@@ -33,7 +33,8 @@ pytest.importorskip("triton", reason="Triton is not built for this platform")
 import torch
 
 from qlite.kernels import few_rows as kernel_of_few_rows
-from qlite.kernels import linear_int8, ptx, tiles
+from qlite.kernels import linear_int8, nf4_search, ptx, tiles
+from qlite.nf4 import SHARES
 from tests.kernels import aot
 from tests.kernels.aot import CAPABILITIES, Build
 
@@ -87,8 +88,25 @@ def quantize(weight="*bf16", unaligned=(), budget=None, per_thread=32, **constan
         "weight_ptr": weight, "table_ptr": "*i32", "codes_ptr": "*u8", "absmax_ptr": "*fp32", "columns": "i32",
         "row_stride": "i32", "column_stride": "i32", "blocks_a_row": "i32", "blocks": "i32", "smallest": "fp32",
     }  # fmt: skip
-    usual = {"column_stride": 1, "BLOCK": 64, "TILE": 1024, "WHOLE": True, "WORDS": True, "SHUFFLE": True}
+    usual = {"column_stride": 1, "BLOCK": 64, "TILE": 1024, "WHOLE": True, "WORDS": True, "SCALED": False, "SHUFFLE": True}
     return codec("_quantize_kernel", signature, usual | constants, unaligned, budget=budget, per_thread=per_thread)
+
+
+def search(weight="*bf16", weighting=None, **rest):
+    signature = {
+        "weight_ptr": weight, "table_ptr": "*i32", "weighting_ptr": "*fp32", "scales_ptr": "*fp32", "columns": "i32",
+        "row_stride": "i32", "column_stride": "i32", "blocks_a_row": "i32", "blocks": "i32", "period": "i32",
+        "smallest": "fp32", "largest": "fp32",
+    }  # fmt: skip
+    constants = {
+        "column_stride": 1, "FIRST": SHARES.start, "STEP": SHARES.step, "COUNT": len(SHARES), "BLOCK": 64,
+        "TILE": nf4_search.TILE, "WHOLE": True, "SHUFFLE": True,
+    }  # fmt: skip
+    constants |= {key: rest.pop(key) for key in [*rest] if key.isupper()} | ({} if weighting else {"weighting_ptr": None})
+    aligned = tuple(name for name in signature if name.endswith("_ptr") and name not in constants)
+    aligned = (*aligned, "columns", "row_stride")
+    options = {"num_warps": nf4_search.WARPS}
+    return Variant("nf4_search", "_search_kernel", signature, constants, aligned, options, per_thread=32, **rest)
 
 
 SUM = {
@@ -303,6 +321,13 @@ VARIANTS = {
     "quantize rows of broken blocks": quantize(WHOLE=False, budget=21.7),
     "quantize rows of an odd length": quantize(WHOLE=False, WORDS=False, unaligned=("columns", "row_stride")),
     "quantize one weight": quantize(WHOLE=False, WORDS=False, columns=1, row_stride=1, blocks=1),
+    "quantize by given scales": quantize(SCALED=True, budget=19.0),
+    # Counted: the longer of its two loops, for tables whose codes are not found by cells.
+    "search": search(loop=True, budget=35.9),
+    # Three registers of a T4 wait in memory while its loop runs: in blocks of 128 threads it takes at most 128 of them.
+    "search, float32": search("*fp32", loop=True, budget=39.3, stack=16),
+    "search, rows of broken blocks, weighted": search(weighting="*fp32", WHOLE=False, loop=True, budget=38.0),
+    "search, blocks of 4096": search(BLOCK=4096, loop=True, budget=40.0),
     "decide": codec("_decision_kernel", {"levels_ptr": "*fp32", "table_ptr": "*i32"}, {}),
     "sum the absmax": codec("_absmax_sum_kernel", SUM, {"TILE": 1024}),
     "sum one absmax": codec("_absmax_sum_kernel", SUM, {"TILE": 1024, "count": 1, "share": 1}),
@@ -537,6 +562,15 @@ def test_encoding_moves_whole_lines_and_waits_for_no_other_thread(codes):
     lines = codes["quantize", 90].straight()
     assert sum("LDG.E.128" in line for line in lines) == 4
     assert not aot.count(lines).keys() & {"BAR", "LDS", "STS"}
+
+
+def test_a_search_keeps_to_its_instructions(codes):
+    # A table like NF4's: the way through, and its loop 17 times more. Falcon-7B's 6.9e9 weights, by 132 multiprocessors that
+    # issue 128 instructions of one thread a clock at 1.7 GHz, would take a tenth of a second.
+    code = codes["search", 90]
+    by_cell = max(code.loops(), key=lambda body: aot.count(body)["SHFL"])
+    assert 200 < (len(code.straight()) + (2 * len(SHARES) - 1) * len(by_cell)) / 32 <= 335
+    assert not aot.count(by_cell).keys() & {"LDG", "LDS", "STS", "BAR"}
 
 
 @pytest.mark.parametrize(("name", "loads"), [("adamw", 4), ("adamw, bfloat16", 0)])
