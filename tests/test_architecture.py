@@ -28,7 +28,7 @@ FLOORS = {
     2: ("nf4", "adamw_8bit", "data", "journal"),
     1: (
         "dynamic8", "int8", "lora_init", "rotary", "paging", "storage", "download", "experts", "operators", "cross_entropy",
-        "console", "dropout", "moments",
+        "console", "dropout", "moments", "prefetch",
     ),
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
