@@ -24,6 +24,7 @@ from qlite.adapters import adapted_layers
 from qlite.download import resolve_folder
 from qlite.experts import ExpertStack
 from qlite.falcon import Falcon, FalconConfig
+from qlite.hub_names import StoredStack, by_names_of, read_whole
 from qlite.linear import QuantizedLinear
 from qlite.lora import LoRALinear, is_conv1d
 from qlite.storage import (
@@ -32,7 +33,6 @@ from qlite.storage import (
     TensorToWrite,
     fingerprint,
     new_folder,
-    read_tensor,
     stored_tensors,
     write_shards,
 )
@@ -42,6 +42,8 @@ BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+#: The tensors of a dense checkpoint, by the names that the model has for them.
+Original = dict[str, StoredTensor | StoredStack]
 COMPARED = 2**22  # weights that are compared at a time, in float64: 32 MB
 
 
@@ -128,7 +130,7 @@ def _dtype(layer: nn.Module) -> torch.dtype:
     return layer.dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype  # type: ignore[union-attr,return-value]
 
 
-def _stored_original(function: str, model: nn.Module, original: str | pathlib.Path) -> dict[str, StoredTensor]:
+def _stored_original(function: str, model: nn.Module, original: str | pathlib.Path) -> Original:
     """Returns the tensors of the dense checkpoint that a model was encoded from; ValueError where it is another one."""
     stored = stored_tensors(resolve_folder(original))
     ours, theirs = getattr(model, "base_fingerprint", None), fingerprint(stored)
@@ -142,7 +144,7 @@ def _stored_original(function: str, model: nn.Module, original: str | pathlib.Pa
             f"{function}: {original} (fingerprint {theirs[:12]}...) is not what the model was encoded from "
             f"({getattr(model, 'base_id', 'unknown')}, fingerprint {str(ours)[:12]}...)"
         )
-    adapted = adapted_layers(model)
+    adapted, found_by_name = adapted_layers(model), by_names_of(model, stored)
     for path, module in model.named_modules():
         if isinstance(module, (QuantizedLinear, ExpertStack)):
             if isinstance(module, ExpertStack):
@@ -150,19 +152,19 @@ def _stored_original(function: str, model: nn.Module, original: str | pathlib.Pa
             else:
                 key, shape = f"{_own_name(path, adapted)}.weight", (module.out_features, module.in_features)
                 shape = shape[::-1] if module.transposed else shape
-            found = stored.get(key)
+            found = found_by_name.get(key)
             if found is None or found.shape != shape or found.dtype not in FLOATS:
                 has = "is not there" if found is None else f"is {found.dtype} {found.shape}"
                 raise ValueError(f"{function}: {original}: {key} {has}; wanted floats {shape}")
-    return stored
+    return found_by_name
 
 
-def _base_weight(name: str, layer: nn.Module, original: dict[str, StoredTensor] | None) -> Tensor:
+def _base_weight(name: str, layer: nn.Module, original: Original | None) -> Tensor:
     """Returns the dense weight (out_features, in_features) of a layer: decoded, from the original, or its own."""
     if isinstance(layer, QuantizedLinear):
         if original is None:
             return layer.dequantize()
-        weight = read_tensor(original[f"{name}.weight"], device=layer.weight.device)
+        weight = read_whole(original[f"{name}.weight"], layer.weight.device)
     else:
         weight: Tensor = layer.weight  # type: ignore[no-redef]
     return weight.T if _lies_transposed(layer) else weight
@@ -183,7 +185,7 @@ def _compare(dense: Tensor, exact: Tensor, rounded: Tensor) -> WeightChange:
 
 
 def _merged(
-    function: str, name: str, module: LoRALinear, original: dict[str, StoredTensor] | None, dtype: torch.dtype
+    function: str, name: str, module: LoRALinear, original: Original | None, dtype: torch.dtype
 ) -> tuple[Tensor, WeightChange]:
     """Returns the merged weight (out_features, in_features) of an adapted layer, in `dtype`, and what changed."""
     dense = _base_weight(name, module.base, original)
@@ -262,7 +264,7 @@ def merge_adapter(model: nn.Module, *, original: str | pathlib.Path | None = Non
 def _tensors(
     model: nn.Module,
     adapted: dict[str, LoRALinear],
-    original: dict[str, StoredTensor] | None,
+    original: Original | None,
     dtype: torch.dtype | None,
     changes: dict[str, WeightChange],
 ) -> dict[str, TensorToWrite]:
@@ -283,7 +285,7 @@ def _tensors(
         return result.T.contiguous() if _lies_transposed(layer) else result
 
     def stack(name: str, layer: ExpertStack, wanted: torch.dtype) -> Tensor:
-        dense = layer.dequantize() if original is None else read_tensor(original[name])
+        dense = layer.dequantize() if original is None else read_whole(original[name])
         return cast(name, dense, wanted)
 
     tensors: dict[str, TensorToWrite] = {}
