@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qlite.download import commit_of, resolve_folder
-from qlite.encoded_files import Encoded, check_levels, decoded_parts, encoded_layers, is_encoded
+from qlite.encoded_files import Encoded, check_levels, decoded_parts, encoded_layers, is_encoded, tell_config
 from qlite.experts import ExpertStack, use_one_at_a_time
 from qlite.falcon import Falcon, FalconConfig
 from qlite.hub_names import StoredStack, by_names_of, read_experts, read_whole
@@ -255,6 +255,7 @@ def load_checkpoint(
             delattr(holder, child)
         setattr(holder, child, encoded.layer)
     use_one_at_a_time(model)
+    tell_config(model)
     report = LoadReport({}, {}, _source_fingerprint(folder, files))
     for name in sorted(plan, key=lambda name: (stored[name].file, stored[name].start)):
         target, owner = plan[name], plan[name].owner

@@ -99,6 +99,28 @@ def options_of(layer: QuantizedLinear | ExpertStack) -> dict[str, Any]:
     return layer.config() | ({"transposed": True} if layer.transposed else {})
 
 
+def config_of(model: nn.Module) -> dict[str, Any] | None:
+    """Returns the "quantization_config" of a model's encoded layers and stacks, by their names without adapters; None: no such.
+
+    It has no "quant_method", and is refused by transformers for that: of a method that it does not know it only warns, and
+    takes codes of eight bits for weights.
+    """
+    modules = {name.removesuffix(".base"): module for name, module in model.named_modules()}
+    layers = {name: options_of(m) for name, m in modules.items() if isinstance(m, (QuantizedLinear, ExpertStack))}
+    return {"format": "qlite", "layers": layers} if layers else None
+
+
+def tell_config(model: nn.Module) -> None:
+    """Has the config of one of transformers' models say what is encoded, for the config.json that save_pretrained writes."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(model, "save_pretrained") and hasattr(config, "to_dict"):
+        said = config_of(model)
+        if said is not None:
+            config.quantization_config = said
+        elif hasattr(config, "quantization_config"):
+            del config.quantization_config
+
+
 def _own_layers(folder: pathlib.Path) -> dict[str, Any]:
     """Returns name -> options of the layers that qlite encoded, as config.json says; ValueError for an unknown method.
 
@@ -108,7 +130,7 @@ def _own_layers(folder: pathlib.Path) -> dict[str, Any]:
     stored = read_json(path).get("quantization_config") if path.is_file() else None
     if stored is None:
         return {}
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored
+    method = stored.get("quant_method", stored.get("format")) if isinstance(stored, dict) else stored
     if method == "qlite" and isinstance(stored.get("layers"), dict):
         return stored["layers"]
     # The first configs that transformers wrote for bitsandbytes have no method.

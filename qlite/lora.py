@@ -15,7 +15,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import qlite.model_ops  # noqa: F401  declares the op
 from qlite import lora_init
-from qlite.experts import ExpertStack
+from qlite.experts import ExpertStack, expert_weights
 from qlite.operators import without_derivatives
 
 ALL_LINEAR = "all-linear"
@@ -302,17 +302,20 @@ class AdapterReport:
     Attributes:
         targets: names of the layers that carry an adapter. saved: names of the modules that are trained whole.
         trainable: trainable parameters. total: all parameters, a 4-bit weight counted as the weights it stands for.
+        experts: names of the stacks of experts, which get no adapter and stay as they are.
     """
 
     targets: tuple[str, ...]
     trainable: int
     total: int
     saved: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total
         whole = f" and all of {', '.join(self.saved)}" if self.saved else ""
-        return f"LoRA on {len(self.targets)} layers{whole}: trainable {self.trainable:,} of {self.total:,} ({share:.3f} %)"
+        text = f"LoRA on {len(self.targets)} layers{whole}: trainable {self.trainable:,} of {self.total:,} ({share:.3f} %)"
+        return text + (f"; none on {len(self.experts)} stacks of experts, which stay frozen" if self.experts else "")
 
 
 def _count_parameters(model: nn.Module) -> int:
@@ -341,8 +344,14 @@ def _matches(name: str, targets: str | tuple[str, ...]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def _check_each(what: str, targets: str | tuple[str, ...], names: list[str], kind: str) -> None:
-    """ValueError for an expression that is none, or for a target that matches no name."""
+def _stacks(model: nn.Module) -> list[str]:
+    """Returns the names of a model's stacks of experts, dense or encoded."""
+    found = [name for name, module in model.named_modules() if isinstance(module, ExpertStack)]
+    return found + [f"{name}.{key}" for name, module in model.named_modules() for key in expert_weights(module)]
+
+
+def _check_each(what: str, targets: str | tuple[str, ...], names: list[str], kind: str, stacks: Sequence[str] = ()) -> None:
+    """ValueError for an expression that is none, or for a target that matches no name, or only stacks of experts."""
     if isinstance(targets, str):
         try:
             re.compile(targets)
@@ -350,6 +359,9 @@ def _check_each(what: str, targets: str | tuple[str, ...], names: list[str], kin
             raise ValueError(f"add_lora: {what} is no regular expression: {targets!r} ({error})") from error
     for target in (targets,) if isinstance(targets, str) else targets:
         if not any(_matches(name, target if isinstance(targets, str) else (target,)) for name in names):
+            stack = next((n for n in stacks if _matches(n, target if isinstance(targets, str) else (target,))), None)
+            if stack is not None:
+                raise ValueError(f"add_lora: {what} {target!r} is {stack}, a stack of experts; no adapters are made on those")
             known = sorted({name.rpartition(".")[2] for name in names})
             close = difflib.get_close_matches(target, [*known, *names], n=3, cutoff=0.4) or known[:8]
             raise ValueError(f"add_lora: {what} {target!r} matches no {kind}; close names: {', '.join(close)}")
@@ -369,7 +381,7 @@ def _find_targets(model: nn.Module, linears: list[str], saved: dict[str, nn.Modu
         head = {name for name, module in model.named_modules() if output is not None and module is output}
         chosen = [name for name in names if name.rpartition(".")[2] != "lm_head" and name not in head]
     else:
-        _check_each("target", config.targets, names, "linear layer")
+        _check_each("target", config.targets, names, "linear layer", _stacks(model))
         chosen = [name for name in names if _matches(name, config.targets)]
     if config.exclude:
         _check_each("exclude", config.exclude, linears, "linear layer")
@@ -459,7 +471,7 @@ def add_lora(
         _train_whole(model, name)
     model.lora_config = config  # type: ignore[assignment]
     trainable = sum(parameter.numel() for parameter in lora_parameters(model))
-    return AdapterReport(tuple(names), trainable, _count_parameters(model), tuple(saved))
+    return AdapterReport(tuple(names), trainable, _count_parameters(model), tuple(saved), tuple(_stacks(model)))
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:

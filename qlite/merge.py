@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from qlite.adapters import adapted_layers
 from qlite.download import resolve_folder
+from qlite.encoded_files import tell_config
 from qlite.experts import ExpertStack
 from qlite.falcon import Falcon, FalconConfig
 from qlite.hub_names import StoredStack, by_names_of, read_whole
@@ -249,6 +250,7 @@ def merge_adapter(model: nn.Module, *, original: str | pathlib.Path | None = Non
         layer.weight = nn.Parameter(weight, requires_grad=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.train(module.training))
+    tell_config(model)
     for attribute in ("lora_config", "base_fingerprint", "base_id", "base_revision"):
         if hasattr(model, attribute):
             delattr(model, attribute)

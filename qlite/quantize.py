@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from qlite.encoded_files import tell_config
 from qlite.experts import ExpertStack, expert_weights, takes_experts, use_one_at_a_time
 from qlite.linear import Linear4bit, QuantizedLinear
 from qlite.lora import is_conv1d
@@ -217,6 +218,7 @@ def quantize_model(
         setattr(holder, child, encoded)
         report.quantized[part.name] = (part.size, encoded.encoded_bytes())
     use_one_at_a_time(model)
+    tell_config(model)
     return report
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlite import bnb_layout
-from qlite.encoded_files import options_of
+from qlite.encoded_files import config_of
 from qlite.experts import ExpertStack
 from qlite.linear import Linear4bit, Linear8bit, QuantizedLinear
 from qlite.lora import is_conv1d
@@ -73,8 +73,7 @@ def save_checkpoint(
         tensors = _in_bitsandbytes_layout(tensors, layers)
         values["quantization_config"] = _bitsandbytes_config(model, layers, values["dtype"])
     elif layers:
-        configs = {name: options_of(layer) for name, layer in layers.items()}
-        values["quantization_config"] = {"quant_method": "qlite", "layers": configs}
+        values["quantization_config"] = config_of(model) or {}
     if layers:
         values["quantization_config"]["base_fingerprint"] = getattr(model, "base_fingerprint", None)
     config = json.dumps(values, indent=2) + "\n"

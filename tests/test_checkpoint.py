@@ -400,7 +400,7 @@ def test_the_config_of_an_encoded_checkpoint_is_as_documented(tmp_path):
     values = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert values["dtype"] == "bfloat16" and qlite.FalconConfig.from_dict(values) == model.config
     stored = values["quantization_config"]
-    assert stored["quant_method"] == "qlite" and stored["base_fingerprint"] == model.base_fingerprint
+    assert stored["format"] == "qlite" and "quant_method" not in stored and stored["base_fingerprint"] == model.base_fingerprint
     expected = {"format": "custom4", "block_size": 64, "double_quant": True, "levels": list(TABLE)}
     assert stored["layers"]["transformer.h.1.mlp.dense_4h_to_h"] == expected and len(stored["layers"]) == 8
 

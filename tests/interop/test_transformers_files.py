@@ -99,6 +99,19 @@ def test_an_encoded_model_is_saved_and_read_as_it_is_into_one_without_weights(na
     assert_same(twice, model)
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in MIXTURES])
+@pytest.mark.parametrize("kind", [qlite.Linear4bit, qlite.Linear8bit])
+def test_what_save_pretrained_writes_of_an_encoded_model_is_read_as_it_is(name, kind, tmp_path):
+    model = encoded_of(name, kind)
+    model.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    factory = transformers.AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else transformers.AutoModelForCausalLM
+    with accelerate.init_empty_weights():
+        again = factory.from_config(config, dtype=torch.float32)
+    qlite.load_checkpoint(again, tmp_path)
+    assert_same(again, model)
+
+
 @mixtures
 def test_what_came_from_files_is_trained_saved_and_loaded_as_any_other(name, tmp_path):
     model = encoded_of(name)
