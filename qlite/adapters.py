@@ -48,6 +48,7 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "kasa_config": (None,),
     "monteclora_config": (None,),
+    "velora_config": (None,),
     "ensure_weight_tying": (False, None),
     # The other ways to begin (PiSSA, OLoRA, LoftQ, ...) change the base too.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),

@@ -11,20 +11,23 @@ transformers changes.
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlite.experts import ExpertStack, expert_weights
-from qlite.storage import StoredTensor, read_tensor
+from qlite.storage import StoredTensor, TensorToWrite, read_tensor
 
 #: A stack's name -> what files call the matrices of an expert that lie one below the other in it: Qwen's, and Mixtral's.
 MATRICES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 #: A block's name in the model -> in Mixtral's files.
 BLOCKS = {"mlp": "block_sparse_moe"}
+#: Kinds of models whose files are known -> which of the names in MATRICES they have.
+WRITTEN = {"qwen2_moe": 0, "qwen3_moe": 0, "mixtral": 1}
 #: A parameter's name in the model -> in the files of GPT-NeoX.
 WHOLE = {"lm_head.weight": "embed_out.weight"}
 
@@ -101,17 +104,18 @@ def _stack(experts: list[list[StoredTensor | None]]) -> StoredStack | None:
     return StoredStack(grouped, dtype, shape, first[0].file, first[0].start, sum(each.size for each in matrices))
 
 
-def read_experts(stored: StoredTensor | StoredStack, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-    """Yields the matrix (rows, in_features) of each expert of a stored stack, one after the other; errors of `read_tensor`."""
+def read_expert(stored: StoredTensor | StoredStack, index: int, device: torch.device | str = "cpu") -> Tensor:
+    """Returns the matrix (rows, in_features) of one expert of a stored stack; errors of `read_tensor`."""
     if isinstance(stored, StoredStack):
-        for one in stored.experts:
-            yield torch.cat([read_tensor(matrix, device=device) for matrix in one])
-        return
-    size = stored.size // max(1, stored.shape[0])
-    for index in range(stored.shape[0]):
-        one = dataclasses.replace(stored, shape=stored.shape[1:], start=stored.start + index * size, size=size)
-        assert size * stored.shape[0] == stored.size and math.prod(one.shape) <= size
-        yield read_tensor(one, device=device)
+        return torch.cat([read_tensor(matrix, device=device) for matrix in stored.experts[index]])
+    size = stored.size // stored.shape[0]
+    one = dataclasses.replace(stored, shape=stored.shape[1:], start=stored.start + index * size, size=size)
+    return read_tensor(one, device=device)
+
+
+def read_experts(stored: StoredTensor | StoredStack, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    """Yields the matrix of each expert of a stored stack, one after the other."""
+    return (read_expert(stored, index, device) for index in range(stored.shape[0]))
 
 
 def read_whole(stored: StoredTensor | StoredStack, device: torch.device | str = "cpu") -> Tensor:
@@ -119,3 +123,43 @@ def read_whole(stored: StoredTensor | StoredStack, device: torch.device | str = 
     if isinstance(stored, StoredStack):
         return torch.stack(list(read_experts(stored, device)))
     return read_tensor(stored, device=device)
+
+
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+def name_in_files(model: nn.Module, name: str) -> str:
+    """Returns what the hub's files call a tensor of a model."""
+    if _model_type(model) == "gpt_neox":
+        return WHOLE.get(name, name)
+    if _model_type(model) == "mixtral":
+        return ".".join(BLOCKS.get(part, part) for part in name.split("."))
+    return name
+
+
+def stack_in_files(
+    model: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, expert: Callable[[int], Tensor]
+) -> dict[str, TensorToWrite]:
+    """Returns what is to be written of a stack: the matrices of each expert where the model's files are known, else the stack.
+
+    Args:
+        shape: (experts, rows, in_features). expert: gives the matrix (rows, in_features) of one.
+    """
+    path, _, key = name.rpartition(".")
+    known = WRITTEN.get(_model_type(model))
+    if known is None or key not in MATRICES:
+        return {name: TensorToWrite(dtype, shape, lambda: torch.stack([expert(index) for index in range(shape[0])]))}
+    matrices = MATRICES[key][known]
+    rows = shape[1] // len(matrices)
+
+    def matrix(index: int, at: int) -> Tensor:
+        return expert(index)[at * rows : (at + 1) * rows]
+
+    written: dict[str, Any] = {}
+    for index in range(shape[0]):
+        for at, each in enumerate(matrices):
+            make = functools.partial(matrix, index, at)
+            own = name_in_files(model, f"{path}.{index}.{each}.weight")
+            written[own] = TensorToWrite(dtype, (rows, shape[2]), make)
+    return written

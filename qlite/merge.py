@@ -25,7 +25,15 @@ from qlite.download import resolve_folder
 from qlite.encoded_files import tell_config
 from qlite.experts import ExpertStack
 from qlite.falcon import Falcon, FalconConfig
-from qlite.hub_names import StoredStack, by_names_of, read_whole
+from qlite.hub_names import (
+    StoredStack,
+    by_names_of,
+    name_in_files,
+    read_expert,
+    read_whole,
+    stack_in_files,
+    stacks_of,
+)
 from qlite.linear import QuantizedLinear
 from qlite.lora import LoRALinear, is_conv1d
 from qlite.storage import (
@@ -286,12 +294,15 @@ def _tensors(
             result = cast(f"{name}.weight", _base_weight(name, layer, original), wanted)
         return result.T.contiguous() if _lies_transposed(layer) else result
 
-    def stack(name: str, layer: ExpertStack, wanted: torch.dtype) -> Tensor:
-        dense = layer.dequantize() if original is None else read_whole(original[name])
-        return cast(name, dense, wanted)
+    def expert(name: str, stack: ExpertStack | Tensor, wanted: torch.dtype, index: int) -> Tensor:
+        if isinstance(stack, Tensor):
+            return cast(f"{name}[{index}]", stack[index], wanted)
+        dense = stack.layer(index).dequantize() if original is None else read_expert(original[name], index)
+        return cast(f"{name}[{index}]", dense, wanted)
 
     tensors: dict[str, TensorToWrite] = {}
     seen: set[int] = set()
+    stacks = stacks_of(model)
     for key, tensor in model.state_dict(keep_vars=True).items():
         path, _, attribute = key.rpartition(".")
         layer = model.get_submodule(path)
@@ -299,9 +310,12 @@ def _tensors(
         name = _own_name(path, adapted)
         if isinstance(layer, LoRALinear):
             continue  # what the adapter holds itself
-        if isinstance(layer, ExpertStack):
-            wanted, shape = dtype or layer.dtype, (len(layer), *layer.matrix_shape)
-            tensors[path] = TensorToWrite(wanted, shape, functools.partial(stack, path, layer, wanted))
+        if isinstance(layer, ExpertStack) or key in stacks:
+            stack, shape = (
+                (layer, (len(layer), *layer.matrix_shape)) if isinstance(layer, ExpertStack) else (tensor, tensor.shape)
+            )
+            own, wanted = key if stack is tensor else path, dtype or stack.dtype
+            tensors |= stack_in_files(model, own, tuple(shape), wanted, functools.partial(expert, own, stack, wanted))
             continue
         if attribute == "weight" and (name in adapted or encoded):
             shape = (layer.out_features, layer.in_features) if encoded else tuple(tensor.shape)
@@ -318,7 +332,7 @@ def _tensors(
             wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             own = f"{name}.{attribute}" if name else attribute
             tensors[own] = TensorToWrite(wanted, tuple(tensor.shape), functools.partial(cast, own, tensor, wanted))
-    return tensors
+    return {name_in_files(model, name): tensor for name, tensor in tensors.items()}
 
 
 def _config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
@@ -349,7 +363,8 @@ def save_merged(
     """Returns a report, having written base and adapter as one dense checkpoint; the model stays as it is.
 
     One weight is decoded, merged and written at a time. The folder appears whole, by renaming: an interrupted save leaves
-    nothing under its name. The hub's layout: transformers and `load_falcon` read it.
+    nothing under its name. The hub's layout: transformers and `load_falcon` read it; experts of Mixtral and Qwen-MoE
+    are written one by one, as there.
 
     Args:
         model: with adapters, and a config (ours, or transformers'). folder: must not exist, or be empty.
