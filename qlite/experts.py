@@ -67,6 +67,8 @@ class ExpertStack(nn.Module):
         template = kind(in_features, out_features, bias=False, device="meta", dtype=dense.dtype)
         # In a tuple, so that it is no child: it has no state of its own.
         self._template = (template,)
+        #: What calls an expert's layer, by its number, where the stack lives on another device than it computes on.
+        self.elsewhere: Callable[[int, Any, Tensor], Tensor] | None = None
         self._hold([template.state_dict()] * experts)
         if not dense.is_meta:
             self.quantize_(dense.detach())
@@ -167,4 +169,5 @@ class ExpertMatrix:
         if function is not nn.functional.linear or len(args) != 2 or kwargs or not isinstance(args[1], cls):
             raise TypeError(f"ExpertStack: {getattr(function, '__name__', function)} of an encoded expert; {_ONE_AT_A_TIME}")
         x, matrix = args
-        return matrix.stack.layer(matrix.index)(x)
+        stack, layer = matrix.stack, matrix.stack.layer(matrix.index)
+        return layer(x) if stack.elsewhere is None else stack.elsewhere(matrix.index, layer, x)

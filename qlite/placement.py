@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qlite.checkpoint import check_device
+from qlite.experts import ExpertStack
 from qlite.lora import LoRALinear
 from qlite.prefetch import Prefetch
 
@@ -36,7 +38,8 @@ class Placement:
         compute: the device of every forward pass.
         homes: name -> device, of each module with tensors of its own.
         nbytes: device -> bytes of the tensors at home there, a shared tensor counted once.
-        streamed: name -> bytes of each visit, of the modules that are streamed.
+        streamed: name -> bytes of each visit, of the modules that are streamed; of a stack of experts, which come one at a
+            time, of all of them.
     """
 
     compute: str
@@ -86,6 +89,8 @@ def place_model(model: nn.Module, homes: Mapping[str, torch.device | str], *, co
     homes_of = _homes(model, homes, target)
     _check(model, homes_of, target)
     for module in model.modules():
+        if isinstance(module, ExpertStack):
+            module.elsewhere = None
         for hook in list(module._forward_pre_hooks.values()):
             visit = getattr(hook, "__self__", None)
             if isinstance(visit, _Visit):
@@ -96,8 +101,16 @@ def place_model(model: nn.Module, homes: Mapping[str, torch.device | str], *, co
         module = model.get_submodule(name)
         module._apply(lambda tensor, home=home: _at_home(tensor, home, target), recurse=False)
         if home != target:
-            _Visit(name, prefetch).hook(module)
+            _stream(name, module, prefetch)
     return _report(model, homes_of, target)
+
+
+def _stream(name: str, module: nn.Module, prefetch: Prefetch) -> None:
+    """Has a module visit the computing device for its forward pass, and a stack one expert at a time, for its product."""
+    if isinstance(module, ExpertStack):
+        module.elsewhere = functools.partial(_expert_visits, name, prefetch)
+    else:
+        _Visit(name, prefetch).hook(module)
 
 
 def _own(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
@@ -249,6 +262,16 @@ class _Visit:
                 f"{self.name}: its forward wrote to {', '.join(changed)}, which only visited {self.compute}: the change is "
                 f"lost. Give the module {self.compute} as its home"
             )
+
+
+def _expert_visits(name: str, prefetch: Prefetch, index: int, layer: Any, x: Tensor) -> Tensor:
+    """Returns what the layer of one expert makes of x, having brought it for that."""
+    visit = _Visit(f"{name}.{index}", prefetch)
+    try:
+        visit.arrive(layer, (x,), {})
+        return layer(x)
+    finally:
+        visit.leave(layer, (x,), None)
 
 
 def _version(tensor: Tensor) -> int:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import qlite
 from qlite import placement
+from qlite.experts import ExpertStack
 from qlite.placement import _Visit, place_model
 from qlite.prefetch import Prefetch
 from tests.adapted import adapt, base_of
@@ -54,7 +55,7 @@ def streamed(model, compute=CPU):
     prefetch = Prefetch(compute)
     for name, module in model.named_modules():
         if any(True for _ in placement._own(module)) and not isinstance(module, qlite.LoRALinear):
-            _Visit(name, prefetch).hook(module)
+            placement._stream(name, module, prefetch)
     return model
 
 
@@ -119,6 +120,27 @@ def test_gradients_flow_to_the_input_through_a_streamed_layer(kind):
     layer(x).square().sum().backward()
     twin(y).square().sum().backward()
     assert torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("kind", [qlite.Linear4bit, qlite.Linear8bit])
+def test_an_expert_visits_for_its_product_and_a_stack_never_as_a_whole(kind):
+    resident = ExpertStack(seeded(3, 40, 96), kind)
+    stack = streamed(nn.ModuleDict({"experts": copy.deepcopy(resident)}))["experts"]
+    home = dict(stack.named_parameters())
+    asked = []
+    fetch = stack.elsewhere.args[1].fetch
+    stack.elsewhere.args[1].fetch = lambda name, key, t, **o: asked.append((name, t.shape)) or fetch(name, key, t, **o)
+    x, y = seeded(5, 96).requires_grad_(), seeded(5, 96).requires_grad_()
+    for index in (2, 0):
+        one, other = (nn.functional.linear(value, each[index]) for value, each in ((x, resident), (y, stack)))
+        assert torch.equal(one, other)
+        one.square().sum().backward()
+        other.square().sum().backward()
+    assert torch.equal(x.grad, y.grad) and {name for name, _ in asked} == {"experts.2", "experts.0"}
+    assert len(asked) > 4 and all(shape[0] != 3 for _, shape in asked)  # never three experts
+    assert all(home[key] is parameter for key, parameter in stack.named_parameters())
+    place_model(model := nn.ModuleDict({"experts": stack}), {"": "cpu"}, compute="cpu")
+    assert model["experts"].elsewhere is None
 
 
 def test_generated_tokens_are_those_of_the_resident_model():
