@@ -76,10 +76,10 @@ def gpt2():
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
-def mixtral():
+def mixtral(vocab_size=61):
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.MixtralConfig(
-        vocab_size=61, num_hidden_layers=2, max_position_embeddings=64, num_local_experts=3, **sizes
+        vocab_size=vocab_size, num_hidden_layers=2, max_position_embeddings=64, num_local_experts=3, **sizes
     )
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
@@ -334,6 +334,21 @@ def test_llama_cpp_converts_a_merged_folder_bit_for_bit(kind, outtype, llama_cpp
     wanted = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[outtype]
     assert found["token_embd.weight"].dtype == found["blk.0.ffn_up.weight"].dtype == wanted
     assert reader.fields[f"{kind}.attention.head_count"].parts[-1][0] == model.config.num_attention_heads
+
+
+def test_llama_cpp_converts_a_merged_mixture_whose_experts_are_written_one_by_one(llama_cpp, tmp_path):
+    model = mixtral(vocab_size=4096)
+    qlite.quantize_model(model)
+    adapt(model)
+    qlite.save_merged(model, tmp_path / "merged", files_from=ASSETS / "tiny-falcon")
+    found, _ = converted(llama_cpp, "convert_hf_to_gguf.py", tmp_path / "merged", "--outtype", "f32")
+    merged = loaded(tmp_path / "merged").state_dict()
+    for block in range(2):
+        gate, up = merged[f"model.layers.{block}.mlp.experts.gate_up_proj"].chunk(2, dim=1)
+        assert torch.equal(found[f"blk.{block}.ffn_gate_exps.weight"], gate)
+        assert torch.equal(found[f"blk.{block}.ffn_up_exps.weight"], up)
+        assert torch.equal(found[f"blk.{block}.ffn_down_exps.weight"], merged[f"model.layers.{block}.mlp.experts.down_proj"])
+        assert torch.equal(found[f"blk.{block}.ffn_gate_inp.weight"], merged[f"model.layers.{block}.mlp.gate.weight"])
 
 
 @pytest.mark.parametrize("kind", ["falcon", "llama"])
