@@ -65,29 +65,30 @@ def by_names_of(model: nn.Module, stored: Mapping[str, StoredTensor]) -> dict[st
     What is not there, or not as it would have to be, stays as it is: whoever wants it finds it missing.
     """
     found: dict[str, StoredTensor | StoredStack] = dict(stored)
-    own = model.state_dict(keep_vars=True)
-    for name, theirs in WHOLE.items():
-        if name in own and theirs not in own and name not in found and theirs in found:
-            found[name] = found.pop(theirs)
     for name, count in stacks_of(model).items():
-        holder, _, key = name.rpartition(".")
-        block, _, experts = holder.rpartition(".")
-        above, _, last = block.rpartition(".")
-        for theirs in (last, BLOCKS.get(last)):
-            for matrices in MATRICES.get(key, ()) if theirs else ():
-                start = f"{above}.{theirs}".lstrip(".")
-                names = [[f"{start}.{experts}.{i}.{matrix}.weight" for matrix in matrices] for i in range(count)]
-                stack = _stack([[stored.get(each) for each in one] for one in names])
-                if stack is None or name in found:
-                    continue
+        for names in _names_of_matrices(name, count) if name not in found else ():
+            stack = _stack([[stored.get(each) for each in one] for one in names])
+            if stack is not None:
                 found[name] = stack
                 for each in (each for one in names for each in one):
                     del found[each]
-                if theirs != last:  # the router, and whatever else is in the block
-                    for other in [other for other in found if other.startswith(f"{start}.")]:
-                        if not other.startswith(f"{start}.{experts}."):
-                            found[block + other.removeprefix(start)] = found.pop(other)
+                break
+    own = model.state_dict(keep_vars=True)
+    blocks, whole = {theirs: ours for ours, theirs in BLOCKS.items()}, {theirs: ours for ours, theirs in WHOLE.items()}
+    for name in list(found):
+        ours = whole.get(name) or ".".join(blocks.get(part, part) for part in name.split("."))
+        if name not in own and ours in own and ours not in found:
+            found[ours] = found.pop(name)
     return found
+
+
+def _names_of_matrices(name: str, count: int) -> Iterator[list[list[str]]]:
+    """Yields what files may call the matrices of a stack: of each expert, those that lie one below the other."""
+    path, _, key = name.rpartition(".")
+    for renamed in ({}, BLOCKS):
+        start = ".".join(renamed.get(part, part) for part in path.split("."))
+        for matrices in MATRICES.get(key, ()):
+            yield [[f"{start}.{index}.{matrix}.weight" for matrix in matrices] for index in range(count)]
 
 
 def _stack(experts: list[list[StoredTensor | None]]) -> StoredStack | None:

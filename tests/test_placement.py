@@ -503,3 +503,19 @@ def test_on_cuda_generation_and_training_run_with_blocks_at_home_on_the_cpu():
     result = qlite.finetune(model, faq(), optimizer, steps=2, progress=False)
     assert len(result.losses) == 2
     assert qlite.generate(model, TOKENIZER.encode("Hello").ids, max_new_tokens=3)
+
+
+@cuda
+@pytest.mark.parametrize("kind", [qlite.Linear4bit, qlite.Linear8bit])
+def test_on_cuda_an_expert_visits_for_its_product(kind):
+    model = nn.ModuleDict({"experts": ExpertStack(seeded(3, 128, 256), kind)})
+    resident = copy.deepcopy(model).cuda()["experts"]
+    place_model(model, {"": "cpu"}, compute="cuda")
+    stack = model["experts"]
+    assert all(tensor.device.type == "cpu" and tensor.is_pinned() for tensor in stack.state_dict().values())
+    for index in (2, 0, 1, 2, 0, 1):
+        x, y = (torch.ones(5, 256, device="cuda", requires_grad=True) for _ in range(2))
+        one, other = nn.functional.linear(x, resident[index]), nn.functional.linear(y, stack[index])
+        one.square().sum().backward()
+        other.square().sum().backward()
+        assert torch.equal(one, other) and torch.equal(x.grad, y.grad)
