@@ -131,6 +131,11 @@ ROWS: dict[str, dict[str, list[str]]] = {
     "any set of layers, the same ones": {
         "peft": _tests(_PEFT, "for_any_set_of_layers_peft_wraps_the_ones_that_the_config_means"),
     },
+    "encoded base and adapter, ours, opened together": {
+        "bitsandbytes": _tests(_FILES, "base_and_adapter_of_ours_are_opened_together_by_transformers_bitsandbytes_and_peft"),
+        "peft": _tests(_FILES, "base_and_adapter_of_ours_are_opened_together_by_transformers_bitsandbytes_and_peft"),
+        "transformers": _tests(_FILES, "base_and_adapter_of_ours_are_opened_together_by_transformers_bitsandbytes_and_peft"),
+    },
     "adapters on GPT-2's transposed layers": {"peft": _tests(_PEFT, "an_adapter_on_gpt2_is_the_same_to_both")},
     "adapters that are not supported, refused by name": {
         "peft": _tests(

@@ -5,6 +5,7 @@ import json
 
 import accelerate
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
 import transformers
@@ -148,6 +149,29 @@ def test_transformers_loads_our_eight_bits(tmp_path):
     for name, layer in here.items():
         assert torch.equal(there[name].weight.data, layer.weight), name
         assert torch.equal(there[name].weight.SCB.flatten(), layer.absmax.flatten()), name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", [qlite.Linear4bit, qlite.Linear8bit])
+@torch.no_grad()
+def test_base_and_adapter_of_ours_are_opened_together_by_transformers_bitsandbytes_and_peft(kind, tmp_path):
+    ours, ids = dense(), tokens_of(config_of(), 2, 9)
+    qlite.quantize_model(ours, kind)
+    qlite.save_checkpoint(ours, tmp_path / "base", layout="bitsandbytes")
+    before = ours(ids).logits
+    qlite.add_lora(ours, qlite.LoRAConfig(r=4, alpha=8, dropout=0.0), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in qlite.lora_parameters(ours):
+        parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+    qlite.save_adapter(ours, tmp_path / "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    wrapped = [m for m in theirs.modules() if isinstance(m, (peft.tuners.lora.Linear4bit, peft.tuners.lora.Linear8bitLt))]
+    found, expected = theirs(ids).logits, ours.eval()(ids).logits
+    # On a CPU bitsandbytes rounds the absmax of four bits to 16 bits, and the input of eight bits to eight: 2^-8 of a layer's
+    # output, by twice seven layers in quadrature.
+    assert len(wrapped) == 14 and (found - expected).norm() <= 14**0.5 * 2**-8 * expected.norm()
+    assert (expected - before).norm() > 0.2 * before.norm()
 
 
 def gpt2():
