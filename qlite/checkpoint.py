@@ -40,7 +40,8 @@ class LoadReport:
     """What `load_checkpoint` did; `print` it.
 
     Attributes:
-        encoded: name -> bytes of each linear layer held in encoded form. dense: name -> bytes of every other tensor.
+        encoded: name -> bytes of each linear layer and stack of experts held in encoded form. dense: name -> bytes of every
+            other tensor.
         fingerprint: of the source, see `load_checkpoint`.
         left: name -> why a linear layer was not encoded, where `load_falcon` was asked to encode.
     """
