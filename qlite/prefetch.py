@@ -50,8 +50,9 @@ class _Ahead:
 class Prefetch:
     """Brings tensors of host memory to a device, those of the next module ahead of time.
 
-    What is on its way is never more than the next module's. Nothing is, once a pass has ended: no copy is taken for what
-    another pass begins with, so that between two passes tensors may change and memory is free.
+    What is on its way is never more than the next module's. Nothing is, once a pass has ended where the one before it did: no
+    copy is begun for what another pass begins with, so that between two passes memory is free. A tensor that was written to
+    after its copy was begun is copied again; what is written through `.data` is not seen, as autograd does not see it.
     """
 
     def __init__(self, device: torch.device):
