@@ -37,7 +37,10 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Ahead:
-    """A copy that was begun: of a tensor at home as it was then, for work on `stream`, whole when `done` is (CUDA alone)."""
+    """A copy that was begun: of a tensor at home as it was then, for work on `stream`, whole when `done` is (CUDA alone).
+
+    It holds the tensor at home, so that no other takes its place in memory.
+    """
 
     place: Place
     home: Tensor
@@ -114,7 +117,7 @@ class Prefetch:
         if not self.pending:
             return None
         ahead = self.pending[0]
-        same = ahead.place == place and ahead.home is home and ahead.version == _version(home)
+        same = ahead.place == place and ahead.version == _version(home)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         if not same or ahead.stream != stream or ahead.copy.is_inference() != torch.is_inference_mode_enabled():
             self._drop()
