@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from qlite.download import resolve_folder
 from qlite.linear import QuantizedLinear
-from qlite.lora import ALL_LINEAR, AdapterReport, LoRAConfig, LoRALinear, add_lora, features, is_conv1d, saved_modules
+from qlite.linear_like import features, is_conv1d
+from qlite.lora import ALL_LINEAR, AdapterReport, LoRAConfig, LoRALinear, add_lora, saved_modules
 from qlite.storage import DTYPES, FLOATS, StoredTensor, read_header, read_json, read_metadata, read_tensor, sync
 from qlite.switching import DEFAULT, adapters_of, chosen, set_adapter, using
 
@@ -50,6 +51,7 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "kasa_config": (None,),
     "monteclora_config": (None,),
+    "velora_config": (None,),
     "ensure_weight_tying": (False, None),
     # The other ways to begin (PiSSA, OLoRA, LoftQ, ...) change the base too.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),

@@ -5,10 +5,10 @@ to the device and is encoded there before the next is read, so a load needs the 
 the host and on the GPU. Files are read, not mapped: mapped pages count as memory, and a file that changes under a map
 kills the process.
 
-Encoded weights are read as they are, in our own layout, which config.json names, and in that of bitsandbytes, which the
-names of the tensors tell.
+Encoded weights are read as they are (encoded_files.py). A stack of experts is encoded one expert at a time, from a stack or
+from the matrices that the hub keeps of each (hub_names.py).
 
-Not done here: pickle (`.bin`, `.pt`) of any kind; writing (saving.py); what bitsandbytes' tensors mean (bnb_layout.py).
+Not done here: pickle (`.bin`, `.pt`) of any kind; writing (saving.py).
 """
 
 from __future__ import annotations
@@ -16,30 +16,21 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlite import bnb_layout
 from qlite.download import commit_of, resolve_folder
+from qlite.encoded_files import Encoded, check_levels, decoded_parts, encoded_layers, is_encoded, tell_config
+from qlite.experts import ExpertStack, use_one_at_a_time
 from qlite.falcon import Falcon, FalconConfig
 from qlite.head import quantize_head
-from qlite.linear import Linear4bit, Linear8bit, QuantizedLinear
-from qlite.nf4 import TABLES
-from qlite.ops import levels_tensor
+from qlite.hub_names import StoredStack, by_names_of, read_experts, read_whole
+from qlite.linear import QuantizedLinear
 from qlite.quantize import quantize_model
-from qlite.storage import (
-    DTYPES,
-    FLOATS,
-    StoredTensor,
-    fingerprint,
-    read_json,
-    read_tensor,
-    same_bytes,
-    stored_tensors,
-)
+from qlite.storage import DTYPES, FLOATS, StoredTensor, fingerprint, read_json, read_tensor, same_bytes, stored_tensors
 
 #: Tensors in old checkpoints that hold nothing a model needs.
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attention\.(masked_)?bias")
@@ -50,7 +41,8 @@ class LoadReport:
     """What `load_checkpoint` did; `print` it.
 
     Attributes:
-        encoded: name -> bytes of each linear layer held in encoded form. dense: name -> bytes of every other tensor.
+        encoded: name -> bytes of each linear layer and stack of experts held in encoded form. dense: name -> bytes of every
+            other tensor.
         fingerprint: of the source, see `load_checkpoint`.
         left: name -> why a linear layer was not encoded, where `load_falcon` was asked to encode.
     """
@@ -83,45 +75,33 @@ def check_device(device: torch.device | str) -> torch.device:
     return device
 
 
-def _check_finite(name: str, tensor: Tensor, dtype: torch.dtype, source: str) -> None:
-    """ValueError unless every value is finite, and stays so in `dtype`."""
-    if tensor.numel():
+def _finite(name: str, tensor: Tensor, dtype: torch.dtype | None, source: str) -> Tensor:
+    """Returns the tensor; ValueError unless every float in it is finite, and stays so in `dtype`, where that is given."""
+    if tensor.is_floating_point() and tensor.numel():
         ends = torch.stack(torch.aminmax(tensor))
         if not bool(torch.isfinite(ends).all()):
             raise ValueError(f"{source}: {name} holds a non-finite value; the checkpoint is damaged")
-        if not bool(torch.isfinite(ends.to(dtype)).all()):
+        if dtype is not None and not bool(torch.isfinite(ends.to(dtype)).all()):
             largest = ends.abs().max().item()
             raise ValueError(f"{source}: {name} becomes non-finite in {dtype}: it reaches {largest:.6g}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Encoded:
-    """A layer that the files hold encoded: itself, empty, and what bitsandbytes' layout says of it, where it is in that.
-
-    Attributes:
-        parts: of bitsandbytes' layout -> name of its tensor. layout: of four bits.
-    """
-
-    layer: QuantizedLinear
-    parts: dict[str, str] = dataclasses.field(default_factory=dict)
-    layout: bnb_layout.Layout4bit | None = None
+    return tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """What becomes of a stored tensor: set as `owner.attribute`, or encoded into `owner`, or decoded with its other parts."""
+    """What becomes of a stored tensor: set as `owner.attribute`, or encoded into `owner`, or read with its other parts."""
 
     owner: nn.Module
     attribute: str
     encode: bool = False
-    parts: _Encoded | None = None
+    parts: Encoded | None = None
 
 
-def _state(model: nn.Module, layers: dict[str, _Encoded]) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+def _state(model: nn.Module, layers: dict[str, Encoded]) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Yields name, owner, attribute and value of what the model holds once `layers` are in it."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         path, _, attribute = name.rpartition(".")
-        if path not in layers:
+        if path not in layers and name not in layers:
             yield name, model.get_submodule(path), attribute, tensor
     for path, encoded in layers.items():
         for attribute, tensor in encoded.layer.state_dict(keep_vars=True).items():
@@ -129,7 +109,7 @@ def _state(model: nn.Module, layers: dict[str, _Encoded]) -> Iterator[tuple[str,
 
 
 def _plan(
-    model: nn.Module, stored: dict[str, StoredTensor], layers: dict[str, _Encoded], where: str
+    model: nn.Module, stored: Mapping[str, StoredTensor | StoredStack], layers: dict[str, Encoded], where: str
 ) -> tuple[dict[str, _Target], dict[str, str]]:
     """Returns what becomes of each stored tensor, and name -> earlier name of each parameter that the model has twice.
 
@@ -150,21 +130,21 @@ def _plan(
             if attribute == "weight":
                 plan[name] = _Target(owner, attribute, parts=layers[path])
             continue
+        # Where an encoded weight stands dense in the files: that of a stack has the name of the stack.
+        dense = path if isinstance(owner, ExpertStack) else f"{path}.weight"
+        encode = isinstance(owner, (QuantizedLinear, ExpertStack)) and attribute != "bias"
+        encode = encode and dense in stored and stored[dense].dtype in FLOATS
+        # A stack that the files do not have at all is missing once, and not in all its parts.
+        lost = isinstance(owner, ExpertStack) and dense not in stored and f"{path}.weight" not in stored
+        if (encode or lost) and attribute != "weight":
+            continue  # this part of an encoded weight comes from encoding the dense one
+        name = dense if encode or lost else name
         entry = stored.get(name)
-        encode = isinstance(owner, QuantizedLinear) and attribute == "weight" and entry is not None and entry.dtype in FLOATS
-        if isinstance(owner, QuantizedLinear) and attribute not in ("weight", "bias"):
-            source = stored.get(f"{path}.weight")
-            if source is not None and source.dtype in FLOATS:
-                continue  # this part of an encoded weight comes from encoding the dense one
         if entry is None:
             problems.append(f"{name} is missing")
             continue
-        shape = (owner.out_features, owner.in_features) if encode else tuple(tensor.shape)  # type: ignore[union-attr]
-        if encode and owner.transposed:  # type: ignore[union-attr]
-            shape = shape[::-1]
-        # Scales are used as they are stored; other floats are cast.
-        exact = isinstance(owner, QuantizedLinear) and attribute not in ("weight", "bias")
-        floats = (tensor.is_floating_point() and not exact) or encode
+        shape = _dense_shape(owner) if encode else tuple(tensor.shape)
+        floats = (tensor.is_floating_point() and not _is_part(owner, attribute)) or encode
         if entry.shape != shape:
             problems.append(f"{name} has shape {entry.shape}, the config wants {shape}")
         elif (entry.dtype not in FLOATS) if floats else (DTYPES.get(entry.dtype) != tensor.dtype):
@@ -175,12 +155,56 @@ def _plan(
             problems.append(f"{name} {entry.shape} is not part of this model")
     for name, first in tied.items():
         # Published checkpoints store a tied head once or twice; twice and different is another model than the config's.
-        if not problems and name in stored and not same_bytes(stored[name], stored[first]):
+        if not problems and name in stored and not same_bytes(stored[name], stored[first]):  # type: ignore[arg-type]
             problems.append(f"{name} differs from {first}, which the config ties to it")
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(f"{where}: does not fit the model: {'; '.join(problems[:6])}{more}")
     return plan, tied
+
+
+def _is_part(owner: nn.Module, attribute: str) -> bool:
+    """Whether this is a scale or table of an encoded weight, which is used as it is stored; other floats are cast."""
+    return isinstance(owner, (QuantizedLinear, ExpertStack)) and attribute not in ("weight", "bias")
+
+
+def _dense_shape(owner: Any) -> tuple[int, ...]:
+    """Returns the shape that files give the dense weight of an encoded layer or stack."""
+    if isinstance(owner, ExpertStack):
+        return (len(owner), *owner.matrix_shape)
+    shape = (owner.out_features, owner.in_features)
+    return shape[::-1] if owner.transposed else shape
+
+
+def _fill(name: str, target: _Target, entry: Any, device: torch.device, dtype: torch.dtype | None, source: str) -> int:
+    """Reads a stored tensor into its place, and returns its bytes there; ValueError for values that are not finite."""
+    owner, attribute = target.owner, target.attribute
+    if target.encode and isinstance(owner, ExpertStack):
+        owner.quantize_(_finite(f"{name}[{i}]", one, dtype, source) for i, one in enumerate(read_experts(entry, device)))
+        return owner.encoded_bytes()
+    part = _is_part(owner, attribute)
+    tensor = _finite(name, read_whole(entry, device), None if part else dtype, source)
+    if target.encode:
+        assert isinstance(owner, QuantizedLinear)
+        owner.quantize_(tensor.T if owner.transposed else tensor)
+        return owner.encoded_bytes()
+    if part:
+        check_levels(name, owner, attribute, tensor, source)
+    elif dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    _assign(owner, attribute, tensor)
+    return owner.encoded_bytes() if isinstance(owner, (QuantizedLinear, ExpertStack)) else tensor.nbytes
+
+
+def _fill_parts(encoded: Encoded, stored: Mapping[str, Any], device: torch.device, source: str) -> int:
+    """Reads bitsandbytes' parts of a weight into its layer, as they are, and returns the layer's bytes."""
+    parts = {part: read_tensor(stored[name], device=device) for part, name in encoded.parts.items()}
+    for part, name in encoded.parts.items():
+        if part != "weight":
+            _finite(name, parts[part], None, source)
+    for attribute, tensor in decoded_parts(encoded, parts).items():
+        _assign(encoded.layer, attribute, tensor)
+    return encoded.layer.encoded_bytes()
 
 
 def load_checkpoint(
@@ -192,15 +216,15 @@ def load_checkpoint(
 ) -> LoadReport:
     """Returns a report, having filled the model (on meta, or anywhere) from a checkpoint folder, in place.
 
-    Where the folder holds a linear layer encoded, in qlite's layout or in bitsandbytes', a Linear4bit or Linear8bit takes
-    the layer's place, and nothing is encoded again.
+    Where the folder holds a linear layer or a stack of experts encoded, in qlite's layout or in bitsandbytes', an encoded one
+    takes its place, and nothing is encoded again. A model with encoded stacks is told to use one expert at a time.
 
     Sets `model.base_fingerprint`: SHA-256 over name, shape and first 256 bytes of every tensor of the source files,
     which an adapter keeps to know its base. A checkpoint that qlite quantized keeps the fingerprint of the dense one.
 
     Args:
-        model: its parameter names are those of the files; its QuantizedLinear layers take dense weights (and encode
-            them on the device) or encoded ones.
+        model: its parameter names are those of the files, apart from experts, which the hub keeps one by one; its
+            QuantizedLinear layers and stacks take dense weights (and encode them on the device) or encoded ones.
         folder: config.json and safetensors, single file or sharded with an index.
         device: where the tensors go. dtype: of the dense ones, and of what encoded ones decode to; default: as stored.
 
@@ -216,42 +240,37 @@ def load_checkpoint(
         >>> report = qlite.load_checkpoint(model, ASSETS / "tiny-falcon")
     """
     folder, device = pathlib.Path(folder), check_device(device)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        getattr(model, "tie_weights", lambda: None)()  # made without weights, transformers' models have no ties yet
     kept = model.state_dict()
     for name, buffer in model.named_buffers():
         if buffer.device.type == "meta" and name not in kept:
             raise ValueError(f"load_checkpoint: {name} is on meta, and no checkpoint holds it; have the model make it first")
-    stored = stored_tensors(folder)
-    layers = _encoded_layers(model, folder, stored, dtype)
+    files = stored_tensors(folder)
+    layers = encoded_layers(model, folder, files, dtype)
+    stored = by_names_of(model, files)
     plan, tied = _plan(model, stored, layers, str(folder))
     for name, encoded in layers.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, encoded.layer)
-    report = LoadReport({}, {}, _source_fingerprint(folder, stored))
+        holder = model.get_submodule(parent)
+        if child in holder._parameters:  # a stack of experts: a module does not take the place of a parameter
+            delattr(holder, child)
+        setattr(holder, child, encoded.layer)
+    use_one_at_a_time(model)
+    tell_config(model)
+    report = LoadReport({}, {}, _source_fingerprint(folder, files))
     for name in sorted(plan, key=lambda name: (stored[name].file, stored[name].start)):
-        target = plan[name]
-        owner, attribute = target.owner, target.attribute
+        target, owner = plan[name], plan[name].owner
         if target.parts is not None:
-            _read_parts(target.parts, stored, device, str(folder))
-            report.encoded[name.rpartition(".")[0]] = target.parts.layer.encoded_bytes()
-            continue
-        tensor = read_tensor(stored[name], device=device)
-        scale = isinstance(owner, QuantizedLinear) and attribute not in ("weight", "bias")
-        if tensor.is_floating_point():
-            _check_finite(name, tensor, tensor.dtype if scale or dtype is None else dtype, str(folder))
-        if target.encode:
-            assert isinstance(owner, QuantizedLinear)
-            owner.quantize_(tensor.T if owner.transposed else tensor)
+            size = _fill_parts(target.parts, stored, device, str(folder))
         else:
-            if scale:
-                _check_levels(name, owner, attribute, tensor, str(folder))
-            elif dtype is not None and tensor.is_floating_point():
-                tensor = tensor.to(dtype)
-            _assign(owner, attribute, tensor)
-        if isinstance(owner, QuantizedLinear):
-            report.encoded[name.rpartition(".")[0]] = owner.encoded_bytes()
+            size = _fill(name, target, stored[name], device, dtype, str(folder))
+        if isinstance(owner, ExpertStack):
+            report.encoded[name if target.encode else name.rpartition(".")[0]] = size
+        elif isinstance(owner, QuantizedLinear):
+            report.encoded[name.rpartition(".")[0]] = size
         else:
-            report.dense[name] = tensor.numel() * tensor.element_size()
-        del tensor
+            report.dense[name] = size
     for name, first in tied.items():
         path, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(path), attribute, model.get_parameter(first))
@@ -270,166 +289,12 @@ def _source_fingerprint(folder: pathlib.Path, stored: dict[str, StoredTensor]) -
     return fingerprint(stored)
 
 
-def _check_levels(name: str, owner: nn.Module, attribute: str, tensor: Tensor, source: str) -> None:
-    """ValueError where a file's table of levels is not the one that its config names."""
-    if attribute != "levels" or not isinstance(owner, Linear4bit):
-        return
-    if not torch.equal(tensor.cpu(), levels_tensor(_levels(owner.config()), "cpu")):
-        raise ValueError(f"{source}: {name} is not the table of levels that config.json says")
-
-
 def _assign(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
     present = getattr(owner, attribute)
     if isinstance(present, nn.Parameter):
         setattr(owner, attribute, nn.Parameter(tensor, requires_grad=present.requires_grad))
     else:
         setattr(owner, attribute, tensor)
-
-
-def _levels(options: dict[str, Any]) -> tuple[float, ...]:
-    """Returns the table of levels of a layer's options; KeyError for a format that has none."""
-    return {**TABLES, "custom4": tuple(options.get("levels", ()))}[options["format"]]
-
-
-def _encoded_layer(linear: nn.Linear | QuantizedLinear, options: Any) -> QuantizedLinear:
-    """Returns the empty layer that stored options describe, of the size of a linear one; ValueError for bad options."""
-    arguments = {"bias": linear.bias is not None, "device": "meta", "dtype": _dtype_of(linear)}
-    if options == {"format": "int8"}:
-        return Linear8bit(linear.in_features, linear.out_features, **arguments)
-    try:
-        if options.keys() - {"levels", "flat", "search"} == {"format", "block_size", "double_quant"}:
-            arguments |= {"block_size": options["block_size"], "double_quant": bool(options["double_quant"])}
-            arguments |= {key: bool(options.get(key, False)) for key in ("flat", "search")}
-            return Linear4bit(linear.in_features, linear.out_features, levels=_levels(options), **arguments)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"bad options of an encoded layer: {options!r:.200} ({error})") from error
-    raise ValueError(f"unknown format of an encoded layer: {options!r:.200}")
-
-
-def _own_layers(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns name -> options of the layers that qlite encoded, as config.json says; ValueError for an unknown method.
-
-    bitsandbytes' method says nothing here: transformers writes it beside dense weights, too.
-    """
-    path = folder / "config.json"
-    stored = read_json(path).get("quantization_config") if path.is_file() else None
-    if stored is None:
-        return {}
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored
-    if method == "qlite" and isinstance(stored.get("layers"), dict):
-        return stored["layers"]
-    # The first configs that transformers wrote for bitsandbytes have no method.
-    if method == "bitsandbytes" or (method is None and stored.keys() & {"load_in_4bit", "load_in_8bit"}):
-        return {}
-    raise ValueError(f"{path}: quantized by {method!r:.50}, a layout that qlite does not read")
-
-
-def is_encoded(folder: pathlib.Path) -> bool:
-    """Whether a checkpoint folder holds linear layers encoded, in qlite's layout or in bitsandbytes'.
-
-    Raises:
-        FileNotFoundError, ValueError: as in `stored_tensors`; no config.json, or it names a method that is not read.
-    """
-    read_json(folder / "config.json")
-    return bool(_own_layers(folder) or bnb_layout.find_layers(stored_tensors(folder)))
-
-
-def _encoded_layers(
-    model: nn.Module, folder: pathlib.Path, stored: dict[str, StoredTensor], dtype: torch.dtype | None
-) -> dict[str, _Encoded]:
-    """Returns the layers that the files hold encoded, empty, by name; the model is left as it is.
-
-    Raises:
-        ValueError: a layer that is not linear in the model, or shares its weight there, or is encoded in another way; or
-            parts that do not fit each other.
-    """
-    found: dict[str, _Encoded] = {}
-    modules, owners = dict(model.named_modules()), {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-
-    def linear(name: str, where: str) -> nn.Linear | QuantizedLinear:
-        module = modules.get(name)
-        if not name or not isinstance(module, (nn.Linear, QuantizedLinear)):
-            raise ValueError(f"{where} {name}, which is no linear layer of the model")
-        if others := [other for other in owners[id(module.weight)] if other != f"{name}.weight"]:
-            raise ValueError(f"{where} {name}, whose weight is also {others[0]} in the model")
-        return module
-
-    where = f"{folder / 'config.json'}: quantization_config names"
-    for name, options in _own_layers(folder).items():
-        module = linear(name, where)
-        try:
-            found[name] = _Encoded(_encoded_layer(module, options))
-        except ValueError as error:
-            raise ValueError(f"{folder / 'config.json'}: {name}: {error}") from error
-    for name, parts in bnb_layout.find_layers(stored).items():
-        module = linear(name, f"{folder}: bitsandbytes' tensors name")
-        try:
-            found[name] = _peer_layer(module, parts, stored, dtype)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {name}.{error}") from error
-    for name, encoded in found.items():
-        module = modules[name]
-        if isinstance(module, QuantizedLinear) and module.config() != encoded.layer.config():
-            raise ValueError(
-                f"{folder}: {name} is {encoded.layer.config()} in the files and {module.config()} in the model; "
-                "load into a model whose layers are dense, or the same"
-            )
-        encoded.layer.train(module.training)
-    return found
-
-
-def _peer_layer(
-    linear: nn.Linear | QuantizedLinear, names: dict[str, str], stored: dict[str, StoredTensor], dtype: torch.dtype | None
-) -> _Encoded:
-    """Returns the empty layer for bitsandbytes' parts of a weight; ValueError, from the part on, where they do not fit."""
-    parts: dict[str, Tensor] = {}
-    for part, name in names.items():
-        entry = stored[name]
-        if entry.dtype not in DTYPES or len(entry.shape) > 2:
-            raise ValueError(f"{part} is {entry.dtype} of shape {entry.shape}, which is none of bitsandbytes' parts")
-        if bnb_layout.is_small(part) and entry.size <= bnb_layout.SMALL:
-            parts[part] = read_tensor(entry)
-        else:
-            parts[part] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-    sizes = linear.in_features, linear.out_features
-    arguments: dict[str, Any] = {"bias": linear.bias is not None, "device": "meta"}
-    if any(part.startswith("weight.") for part in parts):
-        layout = bnb_layout.check_4bit(parts)
-        layer = Linear4bit(
-            *sizes, block_size=layout.block_size, double_quant=layout.offset is not None, flat=layout.flat,
-            levels=bnb_layout.LEVELS[layout.quant_type], dtype=dtype or layout.dtype, **arguments,
-        )  # fmt: skip
-        shape = layout.shape
-    else:
-        layout, shape = None, bnb_layout.check_8bit(parts)
-        layer = Linear8bit(*sizes, dtype=dtype or _dtype_of(linear), **arguments)
-    if shape != (linear.out_features, linear.in_features):
-        raise ValueError(f"weight has shape {tuple(shape)}, the model wants {(linear.out_features, linear.in_features)}")
-    return _Encoded(layer, names, layout)
-
-
-def _dtype_of(linear: nn.Linear | QuantizedLinear) -> torch.dtype:
-    return linear.dtype if isinstance(linear, QuantizedLinear) else linear.weight.dtype
-
-
-def _read_parts(encoded: _Encoded, stored: dict[str, StoredTensor], device: torch.device, source: str) -> None:
-    """Fills a layer from bitsandbytes' parts of its weight, as they are."""
-    parts = {part: read_tensor(stored[name], device=device) for part, name in encoded.parts.items()}
-    for part, name in encoded.parts.items():
-        if part != "weight" and parts[part].is_floating_point():
-            _check_finite(name, parts[part], parts[part].dtype, source)
-    if encoded.layout is None:
-        codes, absmax = bnb_layout.from_8bit(parts)
-        state: dict[str, Tensor | None] = {"weight": codes, "absmax": absmax}
-    else:
-        value = bnb_layout.from_4bit(parts, encoded.layout)
-        state = {"weight": value.codes, "levels": value.levels, "absmax": value.absmax}
-        state |= {"absmax_scale": value.absmax_scale, "absmax_offset": value.absmax_offset}
-    for attribute, tensor in state.items():
-        if tensor is not None:
-            _assign(encoded.layer, attribute, tensor)
 
 
 def _check_size(config: FalconConfig, stored: dict[str, StoredTensor], where: str) -> None:

@@ -24,10 +24,11 @@ import torch
 from tokenizers import Tokenizer
 
 import qlite
-from qlite.checkpoint import check_device, is_encoded
+from qlite.checkpoint import check_device
 from qlite.console import Telling
 from qlite.data import ASSETS, FAQBatches, encode_prompt, read_faq
 from qlite.download import resolve_folder
+from qlite.encoded_files import is_encoded
 from qlite.falcon import Falcon, FalconConfig
 from qlite.flags import DTYPES, HEADS, OPTIMIZERS, RECIPES, VERBS, parser
 from qlite.journal import plot_losses

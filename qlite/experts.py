@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,13 +30,26 @@ def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in own if p.ndim == 3 and len(p) == count and p.is_floating_point()}
 
 
+def use_one_at_a_time(model: nn.Module) -> None:
+    """Tells transformers' models that hold an encoded stack to use one expert at a time, which is what such a stack can do."""
+    for module in model.modules():
+        if takes_experts(module) and any(isinstance(inner, ExpertStack) for inner in module.modules()):
+            module.set_experts_implementation("eager")  # type: ignore[operator]
+
+
+def takes_experts(module: nn.Module) -> bool:
+    """Whether a module, one of transformers' models, can be told to use one expert at a time."""
+    return callable(getattr(module, "set_experts_implementation", None))
+
+
 class ExpertStack(nn.Module):
     """Encoded matrices (out_features, in_features), one an expert; `stack[i]` is good for one thing, a product.
 
     The state is that of a layer of `kind` without bias, with a first dimension of experts more.
 
     Args:
-        dense: (experts, out_features, in_features), floating point, encoded on its device one expert after the other.
+        dense: (experts, out_features, in_features), floating point, encoded on its device one expert after the other; on
+            the meta device the stack is empty there, for `quantize_`.
         kind: Linear4bit, Linear8bit, or functools.partial of one.
 
     Raises:
@@ -50,17 +63,42 @@ class ExpertStack(nn.Module):
 
     def __init__(self, dense: Tensor, kind: Callable[..., Any]):
         super().__init__()
-        _, out_features, in_features = dense.shape
-        options = {"bias": False, "device": "meta", "dtype": dense.dtype}
-        encoded = [kind(in_features, out_features, **options).quantize_(one).state_dict() for one in dense.detach()]
+        experts, out_features, in_features = dense.shape
+        template = kind(in_features, out_features, bias=False, device="meta", dtype=dense.dtype)
         # In a tuple, so that it is no child: it has no state of its own.
-        self._template = (kind(in_features, out_features, **options),)
-        for key in encoded[0]:
-            stacked = torch.stack([state[key] for state in encoded])
+        self._template = (template,)
+        #: What calls an expert's layer, by its number, where the stack lives on another device than it computes on.
+        self.elsewhere: Callable[[int, Any, Tensor], Tensor] | None = None
+        self._hold([template.state_dict()] * experts)
+        if not dense.is_meta:
+            self.quantize_(dense.detach())
+
+    def _hold(self, states: list[dict[str, Tensor]]) -> None:
+        """Takes the state of each expert's layer."""
+        for key in states[0]:
+            stacked = torch.stack([state[key] for state in states])
             if stacked.is_floating_point():
                 self.register_buffer(key, stacked)
             else:
                 self.register_parameter(key, nn.Parameter(stacked, requires_grad=False))
+
+    def quantize_(self, matrices: Iterable[Tensor]) -> ExpertStack:
+        """Encodes the matrix (out_features, in_features) of each expert, one after the other, and returns the module.
+
+        Raises:
+            ValueError: another number of matrices, another shape, or a non-finite value. TypeError: not floating point.
+        """
+        states = [self._layer(dict, dict).quantize_(one).state_dict() for one in matrices]
+        if len(states) != len(self):
+            raise ValueError(f"quantize_: {len(states)} matrices for {len(self)} experts")
+        self._hold(states)
+        return self
+
+    def _layer(self, parameters: Callable[[Any], dict[str, Any]], buffers: Callable[[Any], dict[str, Any]]) -> Any:
+        """Returns a layer as the template is, whose tables are made from the template's."""
+        layer = copy.copy(self._template[0])
+        layer._parameters, layer._buffers = parameters(layer._parameters), buffers(layer._buffers)
+        return layer
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -89,10 +127,11 @@ class ExpertStack(nn.Module):
 
     def layer(self, index: int) -> Any:
         """Returns the encoded linear layer of expert `index`, sharing this module's memory."""
-        layer = copy.copy(self._template[0])
-        layer._parameters = {**layer._parameters, **{key: p[index] for key, p in self._parameters.items() if p is not None}}
-        layer._buffers = {**layer._buffers, **{key: b[index] for key, b in self._buffers.items() if b is not None}}
-        return layer
+
+        def of(stacks: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+            return lambda table: {**table, **{key: stack[index] for key, stack in stacks.items() if stack is not None}}
+
+        return self._layer(of(self._parameters), of(self._buffers))
 
     def config(self) -> dict[str, Any]:
         """Returns the JSON-able options of the encoding, as the layers of `kind` have them."""
@@ -130,4 +169,5 @@ class ExpertMatrix:
         if function is not nn.functional.linear or len(args) != 2 or kwargs or not isinstance(args[1], cls):
             raise TypeError(f"ExpertStack: {getattr(function, '__name__', function)} of an encoded expert; {_ONE_AT_A_TIME}")
         x, matrix = args
-        return matrix.stack.layer(matrix.index)(x)
+        stack, layer = matrix.stack, matrix.stack.layer(matrix.index)
+        return layer(x) if stack.elsewhere is None else stack.elsewhere(matrix.index, layer, x)

@@ -16,16 +16,16 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import qlite.model_ops  # noqa: F401  declares the op
 from qlite import lora_init
-from qlite.experts import ExpertStack
+from qlite.experts import ExpertStack, expert_weights
+from qlite.linear_like import features
 from qlite.operators import without_derivatives
 from qlite.switching import DEFAULT, Adapter, adapters_of, chosen, insert, set_adapter
 
@@ -130,27 +130,6 @@ def _check_pattern(pattern: str) -> None:
 
 def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, GPT-2's linear layer: sizes nx and nf, a weight (nx, nf), x @ weight."""
-    sizes, weight = (getattr(module, "nx", None), getattr(module, "nf", None)), module._parameters.get("weight")
-    return any(c.__name__ == "Conv1D" for c in type(module).__mro__) and weight is not None and tuple(weight.shape) == sizes
-
-
-def features(module: nn.Module) -> tuple[int, int] | None:
-    """Returns `(in_features, out_features)` of a linear layer, or None for another module.
-
-    transformers' Conv1D, which keeps its weight as (in_features, out_features), is a linear layer too.
-    """
-    # torch's own attention reads the weight of its output layer, which a wrapper has not.
-    if isinstance(module, (nn.Bilinear, NonDynamicallyQuantizableLinear)):
-        return None
-    if is_conv1d(module):
-        weight: Any = module.weight
-        return tuple(weight.shape)
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return sizes if isinstance(sizes[0], int) and isinstance(sizes[1], int) else None  # type: ignore[return-value]
 
 
 class LoRALinear(nn.Module):
@@ -304,17 +283,20 @@ class AdapterReport:
     Attributes:
         targets: names of the layers that carry an adapter. saved: names of the modules that are trained whole.
         trainable: trainable parameters. total: all parameters, a 4-bit weight counted as the weights it stands for.
+        experts: names of the stacks of experts, which get no adapter and stay as they are.
     """
 
     targets: tuple[str, ...]
     trainable: int
     total: int
     saved: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total
         whole = f" and all of {', '.join(self.saved)}" if self.saved else ""
-        return f"LoRA on {len(self.targets)} layers{whole}: trainable {self.trainable:,} of {self.total:,} ({share:.3f} %)"
+        text = f"LoRA on {len(self.targets)} layers{whole}: trainable {self.trainable:,} of {self.total:,} ({share:.3f} %)"
+        return text + (f"; none on {len(self.experts)} stacks of experts, which stay frozen" if self.experts else "")
 
 
 def _count_parameters(model: nn.Module) -> int:
@@ -343,8 +325,14 @@ def _matches(name: str, targets: str | tuple[str, ...]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def _check_each(what: str, targets: str | tuple[str, ...], names: list[str], kind: str) -> None:
-    """ValueError for an expression that is none, or for a target that matches no name."""
+def _stacks(model: nn.Module) -> list[str]:
+    """Returns the names of a model's stacks of experts, dense or encoded."""
+    found = [name for name, module in model.named_modules() if isinstance(module, ExpertStack)]
+    return found + [f"{name}.{key}" for name, module in model.named_modules() for key in expert_weights(module)]
+
+
+def _check_each(what: str, targets: str | tuple[str, ...], names: list[str], kind: str, stacks: Sequence[str] = ()) -> None:
+    """ValueError for an expression that is none, or for a target that matches no name, or only stacks of experts."""
     if isinstance(targets, str):
         try:
             re.compile(targets)
@@ -352,6 +340,9 @@ def _check_each(what: str, targets: str | tuple[str, ...], names: list[str], kin
             raise ValueError(f"add_lora: {what} is no regular expression: {targets!r} ({error})") from error
     for target in (targets,) if isinstance(targets, str) else targets:
         if not any(_matches(name, target if isinstance(targets, str) else (target,)) for name in names):
+            stack = next((n for n in stacks if _matches(n, target if isinstance(targets, str) else (target,))), None)
+            if stack is not None:
+                raise ValueError(f"add_lora: {what} {target!r} is {stack}, a stack of experts; no adapters are made on those")
             known = sorted({name.rpartition(".")[2] for name in names})
             close = difflib.get_close_matches(target, [*known, *names], n=3, cutoff=0.4) or known[:8]
             raise ValueError(f"add_lora: {what} {target!r} matches no {kind}; close names: {', '.join(close)}")
@@ -371,7 +362,7 @@ def _find_targets(model: nn.Module, linears: list[str], saved: dict[str, nn.Modu
         head = {name for name, module in model.named_modules() if output is not None and module is output}
         chosen = [name for name in names if name.rpartition(".")[2] != "lm_head" and name not in head]
     else:
-        _check_each("target", config.targets, names, "linear layer")
+        _check_each("target", config.targets, names, "linear layer", _stacks(model))
         chosen = [name for name in names if _matches(name, config.targets)]
     if config.exclude:
         _check_each("exclude", config.exclude, linears, "linear layer")
@@ -469,7 +460,8 @@ def add_lora(
     model.requires_grad_(False)
     insert(model, name, adapter)
     trainable = sum(parameter.numel() for parameter in lora_parameters(model))
-    return AdapterReport(tuple(adapter.wrappers), trainable, _count_parameters(model), tuple(adapter.whole))
+    of = _count_parameters(model)
+    return AdapterReport(tuple(adapter.wrappers), trainable, of, tuple(adapter.whole), tuple(_stacks(model)))
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:

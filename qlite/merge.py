@@ -22,17 +22,27 @@ from torch import Tensor, nn
 
 from qlite.adapters import adapted_layers
 from qlite.download import resolve_folder
+from qlite.encoded_files import tell_config
 from qlite.experts import ExpertStack
 from qlite.falcon import Falcon, FalconConfig
+from qlite.hub_names import (
+    StoredStack,
+    by_names_of,
+    name_in_files,
+    read_expert,
+    read_whole,
+    stack_in_files,
+    stacks_of,
+)
 from qlite.linear import QuantizedLinear
-from qlite.lora import LoRALinear, is_conv1d
+from qlite.linear_like import is_conv1d
+from qlite.lora import LoRALinear
 from qlite.storage import (
     FLOATS,
     StoredTensor,
     TensorToWrite,
     fingerprint,
     new_folder,
-    read_tensor,
     stored_tensors,
     write_shards,
 )
@@ -43,6 +53,8 @@ BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+#: The tensors of a dense checkpoint, by the names that the model has for them.
+Original = dict[str, StoredTensor | StoredStack]
 COMPARED = 2**22  # weights that are compared at a time, in float64: 32 MB
 
 
@@ -129,7 +141,7 @@ def _dtype(layer: nn.Module) -> torch.dtype:
     return layer.dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype  # type: ignore[union-attr,return-value]
 
 
-def _stored_original(function: str, model: nn.Module, original: str | pathlib.Path) -> dict[str, StoredTensor]:
+def _stored_original(function: str, model: nn.Module, original: str | pathlib.Path) -> Original:
     """Returns the tensors of the dense checkpoint that a model was encoded from; ValueError where it is another one."""
     stored = stored_tensors(resolve_folder(original))
     ours, theirs = getattr(model, "base_fingerprint", None), fingerprint(stored)
@@ -145,7 +157,7 @@ def _stored_original(function: str, model: nn.Module, original: str | pathlib.Pa
         )
     if isinstance(model, Falcon):  # whose head, encoded apart from the embedding, was one with it in the files
         stored.setdefault("lm_head.weight", stored["transformer.word_embeddings.weight"])
-    adapted = adapted_layers(model)
+    adapted, found_by_name = adapted_layers(model), by_names_of(model, stored)
     for path, module in model.named_modules():
         if isinstance(module, (QuantizedLinear, ExpertStack)):
             if isinstance(module, ExpertStack):
@@ -153,19 +165,19 @@ def _stored_original(function: str, model: nn.Module, original: str | pathlib.Pa
             else:
                 key, shape = f"{_own_name(path, adapted)}.weight", (module.out_features, module.in_features)
                 shape = shape[::-1] if module.transposed else shape
-            found = stored.get(key)
+            found = found_by_name.get(key)
             if found is None or found.shape != shape or found.dtype not in FLOATS:
                 has = "is not there" if found is None else f"is {found.dtype} {found.shape}"
                 raise ValueError(f"{function}: {original}: {key} {has}; wanted floats {shape}")
-    return stored
+    return found_by_name
 
 
-def _base_weight(name: str, layer: nn.Module, original: dict[str, StoredTensor] | None) -> Tensor:
+def _base_weight(name: str, layer: nn.Module, original: Original | None) -> Tensor:
     """Returns the dense weight (out_features, in_features) of a layer: decoded, from the original, or its own."""
     if isinstance(layer, QuantizedLinear):
         if original is None:
             return layer.dequantize()
-        weight = read_tensor(original[f"{name}.weight"], device=layer.weight.device)
+        weight = read_whole(original[f"{name}.weight"], layer.weight.device)
     else:
         weight: Tensor = layer.weight  # type: ignore[no-redef]
     return weight.T if _lies_transposed(layer) else weight
@@ -186,7 +198,7 @@ def _compare(dense: Tensor, exact: Tensor, rounded: Tensor) -> WeightChange:
 
 
 def _merged(
-    function: str, name: str, module: LoRALinear, original: dict[str, StoredTensor] | None, dtype: torch.dtype
+    function: str, name: str, module: LoRALinear, original: Original | None, dtype: torch.dtype
 ) -> tuple[Tensor, WeightChange]:
     """Returns the merged weight (out_features, in_features) of an adapted layer, in `dtype`, and what changed."""
     dense = _base_weight(name, module.base, original)
@@ -261,6 +273,7 @@ def merge_adapter(model: nn.Module, *, original: str | pathlib.Path | None = Non
         layer.weight = nn.Parameter(weight, requires_grad=False)
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.train(module.training))
+    tell_config(model)
     for attribute in ("lora_config", ATTRIBUTE, "base_fingerprint", "base_id", "base_revision"):
         if hasattr(model, attribute):
             delattr(model, attribute)
@@ -276,7 +289,7 @@ def merge_adapter(model: nn.Module, *, original: str | pathlib.Path | None = Non
 def _tensors(
     model: nn.Module,
     adapted: dict[str, LoRALinear],
-    original: dict[str, StoredTensor] | None,
+    original: Original | None,
     dtype: torch.dtype | None,
     changes: dict[str, WeightChange],
 ) -> dict[str, TensorToWrite]:
@@ -296,12 +309,15 @@ def _tensors(
             result = cast(f"{name}.weight", _base_weight(name, layer, original), wanted)
         return result.T.contiguous() if _lies_transposed(layer) else result
 
-    def stack(name: str, layer: ExpertStack, wanted: torch.dtype) -> Tensor:
-        dense = layer.dequantize() if original is None else read_tensor(original[name])
-        return cast(name, dense, wanted)
+    def expert(name: str, stack: ExpertStack | Tensor, wanted: torch.dtype, index: int) -> Tensor:
+        if isinstance(stack, Tensor):
+            return cast(f"{name}[{index}]", stack[index], wanted)
+        dense = stack.layer(index).dequantize() if original is None else read_expert(original[name], index)
+        return cast(f"{name}[{index}]", dense, wanted)
 
     tensors: dict[str, TensorToWrite] = {}
     seen: set[int] = set()
+    stacks = stacks_of(model)
     for key, tensor in model.state_dict(keep_vars=True).items():
         path, _, attribute = key.rpartition(".")
         layer = model.get_submodule(path)
@@ -309,9 +325,12 @@ def _tensors(
         name = _own_name(path, adapted)
         if isinstance(layer, LoRALinear):
             continue  # what the adapter holds itself
-        if isinstance(layer, ExpertStack):
-            wanted, shape = dtype or layer.dtype, (len(layer), *layer.matrix_shape)
-            tensors[path] = TensorToWrite(wanted, shape, functools.partial(stack, path, layer, wanted))
+        if isinstance(layer, ExpertStack) or key in stacks:
+            stack, shape = (
+                (layer, (len(layer), *layer.matrix_shape)) if isinstance(layer, ExpertStack) else (tensor, tensor.shape)
+            )
+            own, wanted = key if stack is tensor else path, dtype or stack.dtype
+            tensors |= stack_in_files(model, own, tuple(shape), wanted, functools.partial(expert, own, stack, wanted))
             continue
         if attribute == "weight" and (name in adapted or encoded):
             shape = (layer.out_features, layer.in_features) if encoded else tuple(tensor.shape)
@@ -328,7 +347,7 @@ def _tensors(
             wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             own = f"{name}.{attribute}" if name else attribute
             tensors[own] = TensorToWrite(wanted, tuple(tensor.shape), functools.partial(cast, own, tensor, wanted))
-    return tensors
+    return {name_in_files(model, name): tensor for name, tensor in tensors.items()}
 
 
 def _config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
@@ -360,7 +379,8 @@ def save_merged(
     """Returns a report, having written base and adapter as one dense checkpoint; the model stays as it is.
 
     One weight is decoded, merged and written at a time. The folder appears whole, by renaming: an interrupted save leaves
-    nothing under its name. The hub's layout: transformers and `load_falcon` read it.
+    nothing under its name. The hub's layout: transformers and `load_falcon` read it; experts of Mixtral and Qwen-MoE
+    are written one by one, as there.
 
     Args:
         model: with adapters, and a config (ours, or transformers'). folder: must not exist, or be empty.

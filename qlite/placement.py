@@ -3,18 +3,19 @@
 `place_model` gives every module a home by the longest prefix of its name. A module at home on the computing device stays
 there. One at home on the CPU is streamed: its tensors are copied to the computing device before its forward and dropped
 after it; its inputs and outputs never leave the device. What autograd would keep of a visiting tensor is the tensor at
-home, copied again when the backward pass asks for it. So the device holds what is resident and one visiting module, in
-both passes. The idea is that of parameter offloading (ZeRO-Infinity, arXiv 2104.07857, section 5), for frozen weights,
-which never go back.
+home, copied again when the backward pass asks for it. So the device holds what is resident, one visiting module and the one
+that comes next (prefetch.py), in both passes. The idea is that of parameter offloading (ZeRO-Infinity, arXiv 2104.07857,
+section 5), for frozen weights, which never go back.
 
-Not done here: copies that overlap with the arithmetic, homes on a second GPU or on disk, torch.compile of a streamed
-module, and modules that are streamed as a block (each visits by itself).
+Not done here: homes on a second GPU or on disk, torch.compile of a streamed module, and modules that are streamed as a
+block (each visits by itself).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qlite.checkpoint import check_device
+from qlite.experts import ExpertStack
 from qlite.lora import LoRALinear
+from qlite.prefetch import Prefetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Placement:
         compute: the device of every forward pass.
         homes: name -> device, of each module with tensors of its own.
         nbytes: device -> bytes of the tensors at home there, a shared tensor counted once.
-        streamed: name -> bytes of each visit, of the modules that are streamed.
+        streamed: name -> bytes of each visit, of the modules that are streamed; of a stack of experts, which come one at a
+            time, of all of them.
     """
 
     compute: str
@@ -85,17 +89,28 @@ def place_model(model: nn.Module, homes: Mapping[str, torch.device | str], *, co
     homes_of = _homes(model, homes, target)
     _check(model, homes_of, target)
     for module in model.modules():
+        if isinstance(module, ExpertStack):
+            module.elsewhere = None
         for hook in list(module._forward_pre_hooks.values()):
             visit = getattr(hook, "__self__", None)
             if isinstance(visit, _Visit):
                 visit.remove()
+    prefetch = Prefetch(target)
     # Those that leave the computing device first: what they free may be what the others need.
     for name, home in sorted(homes_of.items(), key=lambda item: item[1] == target):
         module = model.get_submodule(name)
         module._apply(lambda tensor, home=home: _at_home(tensor, home, target), recurse=False)
         if home != target:
-            _Visit(name, target).hook(module)
+            _stream(name, module, prefetch)
     return _report(model, homes_of, target)
+
+
+def _stream(name: str, module: nn.Module, prefetch: Prefetch) -> None:
+    """Has a module visit the computing device for its forward pass, and a stack one expert at a time, for its product."""
+    if isinstance(module, ExpertStack):
+        module.elsewhere = functools.partial(_expert_visits, name, prefetch)
+    else:
+        _Visit(name, prefetch).hook(module)
 
 
 def _own(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
@@ -182,29 +197,26 @@ def _report(model: nn.Module, homes: Mapping[str, torch.device], compute: torch.
 class _Away:
     """What autograd keeps in place of a visiting tensor: the one at home, and how the kept one looked at its memory."""
 
+    visit: _Visit
+    key: str
     home: Tensor
-    compute: torch.device
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
 
 
-def _copy(home: Tensor, compute: torch.device) -> Tensor:
-    # On the current stream, as what reads it: no event is needed, and the allocator may take the memory back at once.
-    return home.detach().to(compute, non_blocking=True, copy=True)
-
-
 def _come_again(kept: Tensor | _Away) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
-    return _copy(kept.home, kept.compute).as_strided(kept.size, kept.stride, kept.offset)
+    copy = kept.visit.prefetch.fetch(kept.visit.name, kept.key, kept.home, again=True)
+    return copy.as_strided(kept.size, kept.stride, kept.offset)
 
 
 class _Visit:
     """The hooks of one streamed module: its tensors arrive before its forward and are gone after it, also if it fails."""
 
-    def __init__(self, name: str, compute: torch.device):
-        self.name, self.compute = name, compute
+    def __init__(self, name: str, prefetch: Prefetch):
+        self.name, self.prefetch, self.compute = name, prefetch, prefetch.device
         self.handles: list[Any] = []
         #: Of the forward pass under way: (table, key, tensor at home, visiting tensor, its version).
         self.visiting: list[tuple[dict[str, Any], str, Tensor, Tensor, int]] = []
@@ -224,7 +236,7 @@ class _Visit:
             if isinstance(value, Tensor) and value.device != self.compute:
                 raise ValueError(f"{self.name} computes on {self.compute}, its input is on {value.device}; move it there")
         for table, key, home in _own(module):
-            visitor = _copy(home, self.compute)
+            visitor = self.prefetch.fetch(self.name, key, home)
             if table is module._parameters:
                 visitor = nn.Parameter(visitor, requires_grad=False)
             table[key] = visitor
@@ -233,9 +245,9 @@ class _Visit:
         self.saving.__enter__()
 
     def keep(self, tensor: Tensor) -> Tensor | _Away:
-        for _, _, home, visitor, _ in self.visiting:
+        for _, key, home, visitor, _ in self.visiting:
             if tensor.untyped_storage() is visitor.untyped_storage() and tensor.dtype == visitor.dtype:
-                return _Away(home, self.compute, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+                return _Away(self, key, home, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         return tensor
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -250,6 +262,16 @@ class _Visit:
                 f"{self.name}: its forward wrote to {', '.join(changed)}, which only visited {self.compute}: the change is "
                 f"lost. Give the module {self.compute} as its home"
             )
+
+
+def _expert_visits(name: str, prefetch: Prefetch, index: int, layer: Any, x: Tensor) -> Tensor:
+    """Returns what the layer of one expert makes of x, having brought it for that."""
+    visit = _Visit(f"{name}.{index}", prefetch)
+    try:
+        visit.arrive(layer, (x,), {})
+        return layer(x)
+    finally:
+        visit.leave(layer, (x,), None)
 
 
 def _version(tensor: Tensor) -> int:

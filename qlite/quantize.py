@@ -18,9 +18,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from qlite.experts import ExpertStack, expert_weights
+from qlite.encoded_files import tell_config
+from qlite.experts import ExpertStack, expert_weights, takes_experts, use_one_at_a_time
 from qlite.linear import Linear4bit, QuantizedLinear
-from qlite.lora import is_conv1d
+from qlite.linear_like import is_conv1d
 
 #: The reason to leave a layer that was encoded before.
 ENCODED = "already quantized"
@@ -133,8 +134,6 @@ def _fate(name: str, module: nn.Module, skip: Sequence[str], owners: dict[int, l
         return f"its weight is also {shared[0]}", True
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}", False
-    if weight.is_meta and is_conv1d(module):
-        return "a Conv1D on the meta device: its weight lies transposed in files; give it its weight before", False
     return None, False
 
 
@@ -143,13 +142,13 @@ def _plan(model: nn.Module, skip: Sequence[str]) -> list[_Part]:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    kept, one_at_a_time = _kept_dense(model), any(map(_takes_experts, model.modules()))
+    kept, one_at_a_time = _kept_dense(model), any(map(takes_experts, model.modules()))
     parts: list[_Part] = []
     counted: set[int] = set()
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        for key, weight in expert_weights(module).items():
-            reason, meant = _fate_of_experts(f"{name}.{key}", weight, skip, one_at_a_time)
+        for key in expert_weights(module):
+            reason, meant = _fate_of_experts(f"{name}.{key}", skip, one_at_a_time)
             parts.append(_Part(f"{name}.{key}", own.pop(key).nbytes, reason, meant))
         if own:
             reason, meant = _fate(name, module, skip, owners)
@@ -161,17 +160,10 @@ def _plan(model: nn.Module, skip: Sequence[str]) -> list[_Part]:
     return parts
 
 
-def _takes_experts(module: nn.Module) -> bool:
-    """Returns whether a module, one of transformers' models, can be told to use one expert at a time."""
-    return callable(getattr(module, "set_experts_implementation", None))
-
-
-def _fate_of_experts(name: str, weight: nn.Parameter, skip: Sequence[str], one_at_a_time: bool) -> tuple[str | None, bool]:
+def _fate_of_experts(name: str, skip: Sequence[str], one_at_a_time: bool) -> tuple[str | None, bool]:
     entry = _named(name, skip)
     if entry is not None:
         return f"named in skip ({entry})", True
-    if weight.is_meta:
-        return "experts on the meta device: give them their weights before", False
     return (None if one_at_a_time else "experts of a model without set_experts_implementation"), False
 
 
@@ -183,9 +175,9 @@ def quantize_model(
     Linear layers are nn.Linear, its subclasses, and transformers' Conv1D. In transformers' mixtures of experts the stacks of
     expert matrices become ExpertStack, and `set_experts_implementation("eager")` is called: one expert is decoded at a time.
 
-    Layers on the meta device become empty `kind` layers there, for `load_checkpoint` to fill; others are encoded at once,
-    on their device, one at a time. Embeddings and convolutions stay; a weight that is shared with another module stays too,
-    and so does one that a transformers model keeps in float32. The layer's training flag is kept. A subclass's own forward
+    Layers and stacks on the meta device become empty ones of `kind` there, for `load_checkpoint` to fill; others are encoded
+    at once, on their device, one at a time. Embeddings and convolutions stay; a weight that is shared with another module stays
+    too, and so does one that a transformers model keeps in float32. The layer's training flag is kept. A subclass's own forward
     no longer runs; the report names such layers.
 
     Args:
@@ -225,9 +217,8 @@ def quantize_model(
             report.overridden[part.name] = type(dense).__name__
         setattr(holder, child, encoded)
         report.quantized[part.name] = (part.size, encoded.encoded_bytes())
-    for module in model.modules():
-        if _takes_experts(module) and any(isinstance(inner, ExpertStack) for inner in module.modules()):
-            module.set_experts_implementation("eager")  # type: ignore[operator]
+    use_one_at_a_time(model)
+    tell_config(model)
     return report
 
 

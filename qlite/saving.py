@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from qlite import bnb_layout
+from qlite.encoded_files import config_of
 from qlite.experts import ExpertStack
 from qlite.linear import Linear4bit, Linear8bit, QuantizedLinear
-from qlite.lora import is_conv1d
+from qlite.linear_like import is_conv1d
 from qlite.storage import TensorToWrite, check_free, new_folder, write_shards
 
 LAYOUTS = ("qlite", "bitsandbytes")
@@ -62,20 +63,17 @@ def save_checkpoint(
         unique.setdefault(id(tensor), name)
     tensors = {name: state[name].detach() for name in unique.values()}
     values = _config_of(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    for name, module in model.named_modules():
-        if isinstance(module, ExpertStack) or (layout == "qlite" and getattr(module, "transposed", False)):
-            what = "a stack of experts" if isinstance(module, ExpertStack) else "an encoded Conv1D"
-            raise ValueError(
-                f"save_checkpoint: layout={layout!r} has no place for {name}, {what}; keep the dense model and its adapter, "
-                "or write both as one with save_merged"
-            )
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, (QuantizedLinear, ExpertStack))}
     if layout == "bitsandbytes":
+        for name, layer in layers.items():
+            if isinstance(layer, ExpertStack):
+                raise ValueError(
+                    f"save_checkpoint: layout={layout!r} has no place for {name}, a stack of experts; layout='qlite' has"
+                )
         tensors = _in_bitsandbytes_layout(tensors, layers)
         values["quantization_config"] = _bitsandbytes_config(model, layers, values["dtype"])
     elif layers:
-        configs = {name: layer.config() for name, layer in layers.items()}
-        values["quantization_config"] = {"quant_method": "qlite", "layers": configs}
+        values["quantization_config"] = config_of(model) or {}
     if layers:
         values["quantization_config"]["base_fingerprint"] = getattr(model, "base_fingerprint", None)
     config = json.dumps(values, indent=2) + "\n"

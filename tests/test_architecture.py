@@ -23,15 +23,15 @@ FLOORS = {
     7: ("train", "hub", "merge", "placement", "memory"),
     6: (
         "generate", "decoding", "graphs", "adapters", "checkpoint", "saving", "resume", "quantize", "card", "prompt_lookup",
-        "head", "token_step",
+        "head", "token_step", "encoded_files",
     ),
     5: ("linear", "optim", "falcon", "lora"),
     4: ("ops", "model_ops"),
     3: ("kernels", "bnb_layout"),
-    2: ("nf4", "adamw_8bit", "data", "journal", "recompute", "one_token"),
+    2: ("nf4", "adamw_8bit", "data", "journal", "recompute", "one_token", "hub_names"),
     1: (
         "dynamic8", "int8", "falcon_config", "lora_init", "rotary", "paging", "storage", "download", "experts", "operators",
-        "cross_entropy", "console", "dropout", "moments", "switching",
+        "cross_entropy", "console", "dropout", "moments", "switching", "prefetch", "linear_like",
     ),
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -40,6 +40,7 @@ LEVEL_IMPORTS = {
     ("__main__", "cli"), ("cli", "__init__"), ("cli", "flags"), ("flags", "__init__"), ("checkpoint", "quantize"),
     ("checkpoint", "head"), ("generate", "decoding"), ("generate", "prompt_lookup"), ("decoding", "graphs"),
     ("decoding", "prompt_lookup"), ("decoding", "token_step"),
+    ("checkpoint", "encoded_files"), ("saving", "encoded_files"), ("quantize", "encoded_files"),
 }  # fmt: skip
 MOST_LINES, MOST_FUNCTION_LINES = 500, 80
 #: Packages that a run can do without are imported inside the function that needs them, and these never.

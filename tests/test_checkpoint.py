@@ -19,7 +19,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import qlite
-from qlite import checkpoint, saving, storage
+from qlite import checkpoint, hub_names, saving, storage
 from qlite.linear import QuantizedLinear
 from qlite.nf4 import FP4_LEVELS
 from qlite.storage import INDEX, SINGLE
@@ -275,7 +275,7 @@ def test_no_dense_weight_is_alive_when_the_next_one_is_read(tmp_path, monkeypatc
         alive[stored.file, stored.start] = StorageWeakRef(tensor.untyped_storage())
         return tensor
 
-    monkeypatch.setattr(checkpoint, "read_tensor", counted)
+    monkeypatch.setattr(hub_names, "read_tensor", counted)
     qlite.load_falcon(base, quantize=qlite.Linear4bit, dtype=torch.float32)
     # In the order of the files, so that a disk is read from front to back.
     assert list(alive) == sorted(places) and len(encoded) == 8
@@ -400,7 +400,7 @@ def test_the_config_of_an_encoded_checkpoint_is_as_documented(tmp_path):
     values = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert values["dtype"] == "bfloat16" and qlite.FalconConfig.from_dict(values) == model.config
     stored = values["quantization_config"]
-    assert stored["quant_method"] == "qlite" and stored["base_fingerprint"] == model.base_fingerprint
+    assert stored["format"] == "qlite" and "quant_method" not in stored and stored["base_fingerprint"] == model.base_fingerprint
     expected = {"format": "custom4", "block_size": 64, "double_quant": True, "levels": list(TABLE)}
     assert stored["layers"]["transformer.h.1.mlp.dense_4h_to_h"] == expected and len(stored["layers"]) == 8
 
@@ -598,7 +598,7 @@ faults = pytest.mark.parametrize(("base", "damage", "error", "words"), FILE_FAUL
 def test_damaged_files_are_refused_before_a_tensor_is_read(base, damage, error, words, quantize, copied, monkeypatch):
     folder = copied(base)
     damage(folder)
-    monkeypatch.setattr(checkpoint, "read_tensor", refuse)
+    monkeypatch.setattr(hub_names, "read_tensor", refuse)
     with pytest.raises(error, match=words) as caught:
         qlite.load_falcon(folder, quantize=quantize)
     assert str(folder) in str(caught.value)
@@ -633,7 +633,7 @@ CONFIG_FAULTS = {
 
 def check_refusal_before_a_tensor_is_read(folder, damage, error, words, monkeypatch):
     damage(folder)
-    monkeypatch.setattr(checkpoint, "read_tensor", refuse)
+    monkeypatch.setattr(hub_names, "read_tensor", refuse)
     with pytest.raises(error, match=words) as caught:
         qlite.load_falcon(folder)
     assert str(folder) in str(caught.value)
@@ -811,7 +811,7 @@ def test_scales_and_tables_that_cannot_be_right_are_refused_by_name(base, name, 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 @kinds
 def test_encoding_an_encoded_checkpoint_is_an_error(base, kind, bases, monkeypatch):
-    monkeypatch.setattr(checkpoint, "read_tensor", refuse)
+    monkeypatch.setattr(hub_names, "read_tensor", refuse)
     with pytest.raises(ValueError, match="is quantized already; load it with quantize=None"):
         qlite.load_falcon(bases / base, quantize=kind)
 

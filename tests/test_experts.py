@@ -111,6 +111,42 @@ def test_stacks_are_known_by_what_transformers_says_of_them(attributes, found):
     assert set(expert_weights(Module(**attributes))) == found
 
 
-def test_lora_on_all_linear_layers_leaves_experts_alone():
-    model = nn.Sequential(nn.Linear(96, 96), ExpertStack(seeded(3, 40, 96), qlite.Linear4bit))
-    assert qlite.add_lora(model, qlite.LoRAConfig(r=2)).targets == ("0",)
+def mixture():
+    dense = Module(num_experts=3, is_transposed=False)
+    return nn.ModuleDict({"a": nn.Linear(96, 96), "b": ExpertStack(seeded(3, 40, 96), qlite.Linear4bit), "c": dense})
+
+
+def test_lora_on_all_linear_layers_leaves_experts_alone_and_says_so():
+    report = qlite.add_lora(mixture(), qlite.LoRAConfig(r=2))
+    assert report.targets == ("a",) and report.experts == ("b", "c.weight")
+    assert str(report).endswith("; none on 2 stacks of experts, which stay frozen")
+
+
+@pytest.mark.parametrize(("targets", "name"), [(["b"], "b"), (["a", "weight"], "c.weight"), ("c.*ght", "c.weight")])
+def test_a_target_that_is_a_stack_of_experts_is_refused_as_that(targets, name):
+    with pytest.raises(ValueError, match=f"target .* is {name}, a stack of experts; no adapters are made on those"):
+        qlite.add_lora(mixture(), qlite.LoRAConfig(r=2, targets=targets))
+
+
+@kinds
+def test_a_stack_on_meta_is_filled_one_expert_after_the_other(kind):
+    dense = seeded(3, 40, 96)
+    empty = ExpertStack(dense.to("meta"), kind)
+    assert all(tensor.is_meta for tensor in empty.state_dict().values()) and len(empty) == 3
+    assert bytes_of(empty.quantize_(iter(dense))) == bytes_of(ExpertStack(dense, kind))
+
+
+@pytest.mark.parametrize(
+    ("matrices", "words"),
+    [
+        (seeded(2, 40, 96), "2 matrices for 3 experts"),
+        (seeded(3, 41, 96), r"weight has shape \(41, 96\)"),
+        (torch.full((3, 40, 96), torch.inf), "non-finite"),
+    ],
+)
+def test_what_does_not_fill_a_stack_is_refused_and_it_stays_as_it_was(matrices, words):
+    stack = ExpertStack(seeded(3, 40, 96), qlite.Linear4bit)
+    before = bytes_of(stack)
+    with pytest.raises(ValueError, match=words):
+        stack.quantize_(matrices)
+    assert bytes_of(stack) == before

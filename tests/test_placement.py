@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 import qlite
 from qlite import placement
+from qlite.experts import ExpertStack
 from qlite.placement import _Visit, place_model
+from qlite.prefetch import Prefetch
 from tests.adapted import adapt, base_of
 from tests.falcons import tokens_of
 from tests.toys import TOKENIZER, faq, tiny_falcon
@@ -50,9 +52,10 @@ def visits_of(model):
 
 def streamed(model, compute=CPU):
     """The model with a visit for every module of tensors of its own, its adapters apart."""
+    prefetch = Prefetch(compute)
     for name, module in model.named_modules():
         if any(True for _ in placement._own(module)) and not isinstance(module, qlite.LoRALinear):
-            _Visit(name, compute).hook(module)
+            placement._stream(name, module, prefetch)
     return model
 
 
@@ -72,8 +75,8 @@ class MetaMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
-            self.copied += args[0].nbytes
+        if func is torch.ops.aten.copy_.default and args[0].device.type == "meta" and args[1].device.type == "cpu":
+            self.copied += args[1].nbytes
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
                 self.see(tensor.untyped_storage())
@@ -119,6 +122,27 @@ def test_gradients_flow_to_the_input_through_a_streamed_layer(kind):
     assert torch.equal(x.grad, y.grad)
 
 
+@pytest.mark.parametrize("kind", [qlite.Linear4bit, qlite.Linear8bit])
+def test_an_expert_visits_for_its_product_and_a_stack_never_as_a_whole(kind):
+    resident = ExpertStack(seeded(3, 40, 96), kind)
+    stack = streamed(nn.ModuleDict({"experts": copy.deepcopy(resident)}))["experts"]
+    home = dict(stack.named_parameters())
+    asked = []
+    fetch = stack.elsewhere.args[1].fetch
+    stack.elsewhere.args[1].fetch = lambda name, key, t, **o: asked.append((name, t.shape)) or fetch(name, key, t, **o)
+    x, y = seeded(5, 96).requires_grad_(), seeded(5, 96).requires_grad_()
+    for index in (2, 0):
+        one, other = (nn.functional.linear(value, each[index]) for value, each in ((x, resident), (y, stack)))
+        assert torch.equal(one, other)
+        one.square().sum().backward()
+        other.square().sum().backward()
+    assert torch.equal(x.grad, y.grad) and {name for name, _ in asked} == {"experts.2", "experts.0"}
+    assert len(asked) > 4 and all(shape[0] != 3 for _, shape in asked)  # never three experts
+    assert all(home[key] is parameter for key, parameter in stack.named_parameters())
+    place_model(model := nn.ModuleDict({"experts": stack}), {"": "cpu"}, compute="cpu")
+    assert model["experts"].elsewhere is None
+
+
 def test_generated_tokens_are_those_of_the_resident_model():
     model = adapted_falcon(qlite.Linear4bit)
     wanted = qlite.generate(model, [3, 1, 4], max_new_tokens=6)
@@ -155,35 +179,37 @@ def stack_of(kind, home, layers=6):
 
 
 @kinds
-def test_the_computing_device_holds_one_visiting_layer_at_a_time_in_both_passes(kind):
+def test_the_computing_device_holds_a_visiting_layer_and_the_next_in_both_passes(kind):
     model, layer = stack_of(kind, "cpu")
     place_model(model, {"": "cpu"}, compute="meta")
-    x = torch.randn(1, 512, device="meta").requires_grad_()
     activations = 4 * 512 * 4  # bytes: an output, its gradient, that of the loss, and one to spare
-    with MetaMemory() as memory:
-        loss = model(x).sum()
-        assert memory.copied == 6 * layer and memory.live <= activations
-        loss.backward()
-    assert x.grad.shape == x.shape
-    # The backward pass asks for all but the bias again.
-    assert 12 * (layer - 512 * 4) <= memory.copied <= 12 * layer
-    assert layer <= memory.peak <= layer + activations
+    for held in (1, 2, 2):  # the first pass does not know what comes next
+        x = torch.randn(1, 512, device="meta").requires_grad_()
+        with MetaMemory() as memory:
+            loss = model(x).sum()
+            assert memory.copied == 6 * layer and memory.live <= activations
+            loss.backward()
+        assert x.grad.shape == x.shape
+        # The backward pass asks for all but the bias again; nothing is copied in vain.
+        assert 12 * (layer - 512 * 4) <= memory.copied <= 12 * layer
+        assert held * (layer - 512 * 4) <= memory.peak <= held * layer + activations
 
 
 @kinds
-def test_recomputed_blocks_stream_again_and_still_one_layer_at_a_time(kind):
+def test_recomputed_blocks_stream_again_and_still_two_layers_at_a_time(kind):
     model, layer = stack_of(kind, "cpu")
     place_model(model, {"": "cpu"}, compute="meta")
     blocks = [nn.Sequential(model[i], nn.GELU(), model[i + 1]) for i in (0, 2, 4)]
-    hidden = x = torch.randn(1, 512, device="meta").requires_grad_()
-    with MetaMemory() as memory:
-        for block in blocks:
-            hidden = torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=False)
-        hidden.sum().backward()
-    assert x.grad.shape == x.shape
-    # Forward, recomputed up to what the GELU kept (its input: the first layer of each block), and backward without the bias.
-    assert 15 * layer - 6 * 512 * 4 <= memory.copied <= 15 * layer
-    assert layer <= memory.peak <= layer + 8 * 512 * 4
+    for held in (1, 2, 2):
+        hidden = x = torch.randn(1, 512, device="meta").requires_grad_()
+        with MetaMemory() as memory:
+            for block in blocks:
+                hidden = torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=False)
+            hidden.sum().backward()
+        assert x.grad.shape == x.shape
+        # Forward, recomputed up to what the GELU kept (its input: the first layer of each block), backward without the bias.
+        assert 15 * layer - 6 * 512 * 4 <= memory.copied <= 15 * layer
+        assert held * (layer - 512 * 4) <= memory.peak <= held * layer + 8 * 512 * 4
 
 
 def test_what_a_graph_keeps_of_a_visit_is_the_tensor_at_home():
@@ -386,19 +412,21 @@ def test_on_cuda_a_streamed_falcon_gives_the_bits_of_a_resident_one(kind, checkp
 
 @cuda
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_on_cuda_memory_is_what_is_resident_and_one_layer(checkpointing):
+def test_on_cuda_memory_is_what_is_resident_and_two_layers(checkpointing):
     def peak_of(home):
         model = nn.Sequential(*[qlite.Linear4bit(2048, 2048).quantize_(seeded(2048, 2048)) for _ in range(8)])
         model.requires_grad_(False)
         place_model(model, {"": home}, compute="cuda")
-        x = torch.randn(4, 2048, device="cuda").requires_grad_()
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         run = functools.partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=False) if checkpointing else model
-        run(x).sum().backward()
-        torch.cuda.synchronize()
+        for _ in range(2):  # the first pass learns what comes next, and no module is copied ahead
+            x = torch.randn(4, 2048, device="cuda").requires_grad_()
+            gc.collect()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            torch.cuda._sleep(10**8)  # the host runs ahead of the device, and may not take memory for it
+            run(x).sum().backward()
+            torch.cuda.synchronize()
         return before, torch.cuda.max_memory_allocated() - before, model[0].encoded_bytes()
 
     peak_of("cuda")  # what libraries allocate for themselves at their first call stays
@@ -406,10 +434,65 @@ def test_on_cuda_memory_is_what_is_resident_and_one_layer(checkpointing):
     resident, working, layer = peak_of("cuda")
     gc.collect()
     streaming, peak, _ = peak_of("cpu")
-    # One layer, 512 bytes for each of its tensors, which the allocator rounds up to, and of a block of more than 1 MiB what
-    # it does not split off: up to 1 MiB.
-    assert peak <= working + layer + 6 * 512 + 2**20
+    # Two layers, 512 bytes for each of their tensors, which the allocator rounds up to, and of two blocks of more than 1 MiB
+    # what it does not split off: up to 1 MiB each.
+    assert peak <= working + 2 * (layer + 6 * 512 + 2**20)
     assert resident - streaming >= 8 * layer
+
+
+class Slow(nn.Linear):
+    """A layer whose arithmetic takes half a second, and what `during` says while it runs."""
+
+    during = staticmethod(lambda: None)
+
+    def forward(self, x):
+        torch.cuda._sleep(10**9)
+        self.during()
+        return super().forward(x)
+
+
+@cuda
+def test_on_cuda_the_next_layer_arrives_while_this_one_computes():
+    model = nn.Sequential(Slow(64, 64), nn.Linear(64, 64)).requires_grad_(False)
+    x = torch.randn(2, 64, device="cuda")
+    place_model(model, {"": "cpu"}, compute="cuda")
+    wanted, seen = model(x), []
+    prefetch = visits_of(model)[0].prefetch
+
+    def during():
+        for ahead in prefetch.pending:
+            ahead.done.synchronize()
+        seen.append(([ahead.place.name for ahead in prefetch.pending], torch.cuda.current_stream().query()))
+
+    model[0].during = during
+    assert torch.equal(model(x), wanted)
+    assert not prefetch.pending and seen == [(["1", "1"], False)]  # both tensors of it are here, and the device is still busy
+
+
+@cuda
+@kinds
+@pytest.mark.parametrize("slow", ["copies", "arithmetic"])
+def test_on_cuda_whichever_stream_is_slow_the_other_waits_for_it(kind, slow, monkeypatch):
+    model, _ = stack_of(kind, "cpu")
+    for index, layer in enumerate(model):
+        layer.load_state_dict(kind(512, 512).quantize_(seeded(512, 512) * (index + 1)).state_dict() if kind else {
+            "weight": seeded(512, 512) * (index + 1), "bias": seeded(512)})  # fmt: skip
+    resident = copy.deepcopy(model).cuda()
+    place_model(model, {"": "cpu"}, compute="cuda")
+    copied = Prefetch._begin
+
+    def late(self, place, home):
+        with torch.cuda.stream(self.side if slow == "copies" else torch.cuda.current_stream()):
+            torch.cuda._sleep(10**6)
+        return copied(self, place, home)
+
+    monkeypatch.setattr(Prefetch, "_begin", late)
+    for step in range(4):
+        x, y = (torch.full((3, 512), 1.0 + step, device="cuda", requires_grad=True) for _ in range(2))
+        one, other = model(x), resident(y)
+        one.sum().backward()
+        other.sum().backward()
+        assert torch.equal(one, other) and torch.equal(x.grad, y.grad)
 
 
 @cuda
@@ -420,3 +503,19 @@ def test_on_cuda_generation_and_training_run_with_blocks_at_home_on_the_cpu():
     result = qlite.finetune(model, faq(), optimizer, steps=2, progress=False)
     assert len(result.losses) == 2
     assert qlite.generate(model, TOKENIZER.encode("Hello").ids, max_new_tokens=3)
+
+
+@cuda
+@pytest.mark.parametrize("kind", [qlite.Linear4bit, qlite.Linear8bit])
+def test_on_cuda_an_expert_visits_for_its_product(kind):
+    model = nn.ModuleDict({"experts": ExpertStack(seeded(3, 128, 256), kind)})
+    resident = copy.deepcopy(model).cuda()["experts"]
+    place_model(model, {"": "cpu"}, compute="cuda")
+    stack = model["experts"]
+    assert all(tensor.device.type == "cpu" and tensor.is_pinned() for tensor in stack.state_dict().values())
+    for index in (2, 0, 1, 2, 0, 1):
+        x, y = (torch.ones(5, 256, device="cuda", requires_grad=True) for _ in range(2))
+        one, other = nn.functional.linear(x, resident[index]), nn.functional.linear(y, stack[index])
+        one.square().sum().backward()
+        other.square().sum().backward()
+        assert torch.equal(one, other) and torch.equal(x.grad, y.grad)

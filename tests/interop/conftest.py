@@ -1,10 +1,10 @@
-"""`pytest tests/interop --matrix docs/interop.md` writes what the peers can do with our files, and we with theirs."""
+"""`--matrix docs/interop.md` writes what the peers can do with our files, and we with theirs; matrix.py has the command."""
 
 import collections
 import importlib.metadata
 import pathlib
 
-from tests.interop.matrix import PEERS, ROWS
+from tests.interop.matrix import COMMAND, PEERS, ROWS, place
 
 
 def pytest_addoption(parser):
@@ -35,7 +35,7 @@ def cell(tests, outcomes):
     """What a cell says: how many cases of its tests passed, or what else became of them."""
     total = sum((outcomes[test] for test in tests), collections.Counter())
     counts = [f"{total[word]} {word}" for word in ("failed", "skipped", "passed") if total[word]]
-    names = "<br>".join(f"[{test.split('::')[1]}](../tests/interop/{test.split('::')[0]}.py)" for test in tests)
+    names = "<br>".join(f"[{test.split('::')[1]}](../{place(test.split('::')[0])})" for test in tests)
     return f"{', '.join(counts) or 'not run'}<br><sub>{names}</sub>"
 
 
@@ -45,7 +45,7 @@ def page(outcomes):
     lines = [
         "# What works with whom",
         "",
-        "Written by `python -m pytest tests/interop --matrix docs/interop.md`; a dash where the peer has no such thing.",
+        f"Written by `{COMMAND}`; a dash where the peer has no such thing.",
         "",
         f"| | {' | '.join(versions)} |",
         f"|---|{'---|' * len(PEERS)}",

@@ -3,11 +3,11 @@
 import pathlib
 import re
 
-from tests.interop.matrix import PEERS, ROWS
+from tests.interop.matrix import COMMAND, PEERS, ROWS, place
 
 HERE = pathlib.Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "interop.md"
-REMEDY = "write it anew: python -m pytest tests/interop --matrix docs/interop.md"
+REMEDY = f"write it anew: {COMMAND}"
 
 
 def test_every_cell_names_tests_that_exist():
@@ -15,7 +15,7 @@ def test_every_cell_names_tests_that_exist():
         assert cells and set(cells) <= set(PEERS)
         for test in (test for tests in cells.values() for test in tests):
             file, name = test.split("::")
-            assert f"\ndef {name}(" in (HERE / f"{file}.py").read_text(encoding="utf-8"), test
+            assert f"\ndef {name}(" in (HERE.parents[1] / place(file)).read_text(encoding="utf-8"), test
 
 
 def test_the_page_is_that_of_the_table_and_every_cell_passed():

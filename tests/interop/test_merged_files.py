@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qlite
 from qlite.adapters import CONFIG, TENSORS
@@ -76,10 +76,10 @@ def gpt2():
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
-def mixtral():
+def mixtral(vocab_size=61):
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.MixtralConfig(
-        vocab_size=61, num_hidden_layers=2, max_position_embeddings=64, num_local_experts=3, **sizes
+        vocab_size=vocab_size, num_hidden_layers=2, max_position_embeddings=64, num_local_experts=3, **sizes
     )
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
@@ -137,11 +137,14 @@ def test_the_original_of_an_encoded_conv1d_is_read_the_other_way_round(tmp_path)
     assert (loaded(tmp_path / "merged")(ids).logits - before).abs().max() <= 2**-16 * before.abs().max()
 
 
-def test_an_original_that_keeps_its_experts_one_by_one_is_refused_by_name(tmp_path):
+def test_an_original_without_one_of_the_experts_is_refused_by_name(tmp_path):
     model = theirs_of("mixtral")
     mixtral().save_pretrained(tmp_path / "dense")
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(tensors, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
     model.base_fingerprint = fingerprint(stored_tensors(tmp_path / "dense"))
-    with pytest.raises(ValueError, match=r"experts\.gate_up_proj is not there; wanted floats"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.gate_up_proj is not there; wanted floats"):
         qlite.save_merged(model, tmp_path / "merged", original=tmp_path / "dense")
 
 
@@ -172,7 +175,9 @@ def test_a_config_of_transformers_is_written_whole(tmp_path):
     written = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert written.pop("architectures") == ["LlamaForCausalLM"] and written.pop("dtype") == "bfloat16"
     whole = json.loads(json.dumps(model.config.to_dict()))
-    assert len(written) > 10 and written == {key: whole[key] for key in whole.keys() - {"architectures", "dtype"}}
+    assert len(written) > 10 and written == {
+        key: whole[key] for key in whole.keys() - {"architectures", "dtype", "quantization_config"}
+    }
 
 
 def test_the_tokenizer_goes_along_and_says_the_same(tmp_path):
@@ -329,6 +334,21 @@ def test_llama_cpp_converts_a_merged_folder_bit_for_bit(kind, outtype, llama_cpp
     wanted = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[outtype]
     assert found["token_embd.weight"].dtype == found["blk.0.ffn_up.weight"].dtype == wanted
     assert reader.fields[f"{kind}.attention.head_count"].parts[-1][0] == model.config.num_attention_heads
+
+
+def test_llama_cpp_converts_a_merged_mixture_whose_experts_are_written_one_by_one(llama_cpp, tmp_path):
+    model = mixtral(vocab_size=4096)
+    qlite.quantize_model(model)
+    adapt(model)
+    qlite.save_merged(model, tmp_path / "merged", files_from=ASSETS / "tiny-falcon")
+    found, _ = converted(llama_cpp, "convert_hf_to_gguf.py", tmp_path / "merged", "--outtype", "f32")
+    merged = loaded(tmp_path / "merged").state_dict()
+    for block in range(2):
+        gate, up = merged[f"model.layers.{block}.mlp.experts.gate_up_proj"].chunk(2, dim=1)
+        assert torch.equal(found[f"blk.{block}.ffn_gate_exps.weight"], gate)
+        assert torch.equal(found[f"blk.{block}.ffn_up_exps.weight"], up)
+        assert torch.equal(found[f"blk.{block}.ffn_down_exps.weight"], merged[f"model.layers.{block}.mlp.experts.down_proj"])
+        assert torch.equal(found[f"blk.{block}.ffn_gate_inp.weight"], merged[f"model.layers.{block}.mlp.gate.weight"])
 
 
 @pytest.mark.parametrize("kind", ["falcon", "llama"])

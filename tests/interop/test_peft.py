@@ -21,6 +21,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # Where a tied head is trained, and where a pattern of ranks has a key for nothing.
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"),
+    # Of starts that change the base, or want more to be told.
+    pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights of the model:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'eva' but `eva_config` is not specified:UserWarning"),
+    pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage=False:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning"),
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match any targeted module:RuntimeWarning"),
 ]
 #: Of float32 logits that reach 5: 210 units of 2^-24 there. Two blocks of four matrix products and their adapters, sums of at
@@ -213,6 +218,9 @@ def test_peft_wraps_the_same_layers_where_a_name_ends_another(names, tmp_path):
         {"target_modules": LINEARS, "exclude_modules": ["dense"]},
         {"target_modules": LINEARS, "r": 2, "lora_alpha": 7, "lora_dropout": 0.3, "init_lora_weights": "gaussian"},
         {"target_modules": LINEARS, "init_lora_weights": False},
+        {"target_modules": LINEARS, "init_lora_weights": "orthogonal"},
+        {"target_modules": LINEARS, "init_lora_weights": "mica"},
+        {"target_modules": LINEARS, "init_lora_weights": "eva"},
         {"target_modules": LINEARS, "use_rslora": True},
         {"target_modules": LINEARS, "rank_pattern": {"dense": 2, "^transformer.h.0.mlp.dense_h_to_4h": 7}},
         {"target_modules": LINEARS, "rank_pattern": {"not_there": 2}, "alpha_pattern": {r"h\.\d+\.mlp\..*": 3}},
@@ -230,6 +238,28 @@ def test_we_read_what_peft_wrote_on_the_same_layers_with_the_same_logits(flavour
     report = qlite.load_adapter(ours, tmp_path)
     assert set(report.targets) == our_layers(ours) == their_layers(theirs)
     assert_same_logits(ours, theirs, bases / flavour)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_we_read_a_start_that_changed_the_base_once_peft_has_converted_it(init, bases, tmp_path):
+    # PEFT subtracts the start from the adapter, which then fits the base as it was: of twice the rank.
+    theirs = peft.get_peft_model(
+        theirs_of(bases / "7b"), peft.LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS, init_lora_weights=init)
+    ).eval()
+    config = theirs.peft_config["default"]
+    config.init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    config.init_lora_weights = init
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    theirs.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=tmp_path / "start")
+    ours = ours_of(bases / "7b")
+    qlite.load_adapter(ours, tmp_path / "adapter")
+    assert {module.lora_A.shape[0] for module in ours.modules() if isinstance(module, LoRALinear)} == {8}
+    assert_same_logits(ours, theirs, bases / "7b")
 
 
 def test_we_read_an_adapter_whose_base_transformers_wrote(bases, tmp_path):
@@ -284,7 +314,15 @@ def test_merging_gives_the_weights_that_peft_gives(bases, tmp_path):
         ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices is \[1, 2\]"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga'"),
         ({"kasa_config": peft.KasaConfig()}, "kasa_config is {"),
+        ({"monteclora_config": peft.MontecloraConfig()}, "monteclora_config is {"),
+        ({"velora_config": peft.VeloraConfig()}, "velora_config is {"),
+        ({"use_qalora": True}, "use_qalora is True"),
+        ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens is \[1, 2\]"),
+        ({"ensure_weight_tying": True, "modules_to_save": ["lm_head"]}, "ensure_weight_tying is True"),
+        ({"target_parameters": ["mlp.dense_h_to_4h.weight"], "target_modules": ["dense"]}, "target_parameters is "),
         ({"target_modules": ["word_embeddings", "dense"]}, "is not a LoRA weight in PEFT's layout"),
     ],
     ids=lambda value: str(value).replace(str(LINEARS), "four linears"),
@@ -324,3 +362,13 @@ def test_an_adapter_on_gpt2_is_the_same_to_both(options, tmp_path):
         theirs.save_pretrained(tmp_path / "theirs")
         qlite.load_adapter(again, tmp_path / "theirs")
         torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=0, atol=LOGITS)
+
+
+def test_adapters_on_the_stacks_of_a_mixture_are_refused_by_name(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=61, num_hidden_layers=1, num_local_experts=2, **sizes)
+    model = transformers.MixtralForCausalLM(config)
+    options = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]}
+    peft.get_peft_model(model, peft.LoraConfig(r=2, **options)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"target_parameters is \['experts.*_proj', 'experts.*_proj'\], which qlite"):
+        qlite.load_adapter(transformers.MixtralForCausalLM(config), tmp_path)
