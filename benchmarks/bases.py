@@ -14,6 +14,7 @@ import math
 import pathlib
 import sys
 import time
+from typing import Any
 
 import numpy
 import torch
@@ -139,11 +140,12 @@ def reordered(model: qlite.Falcon, seed: int) -> qlite.Falcon:
     model = copy.deepcopy(model)
     device = model.lm_head.weight.device
     stream = torch.randperm(config.hidden_size, generator=generator).to(device)
-    for norm in (model.transformer.ln_f, *(block.input_layernorm for block in model.transformer.h)):
+    blocks: Any = model.transformer.h
+    for norm in (model.transformer.ln_f, *(block.input_layernorm for block in blocks)):
         norm.weight.copy_(norm.weight[stream])
         norm.bias.copy_(norm.bias[stream])
     model.lm_head.weight.copy_(model.lm_head.weight[:, stream])
-    for block in model.transformer.h:
+    for block in blocks:
         qkv, out = block.self_attention.query_key_value.weight, block.self_attention.dense.weight
         up, down = block.mlp.dense_h_to_4h.weight, block.mlp.dense_4h_to_h.weight
         inner = torch.randperm(config.ffn, generator=generator).to(device)

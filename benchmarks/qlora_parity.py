@@ -18,7 +18,7 @@ import copy
 import functools
 import pathlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -28,7 +28,7 @@ from benchmarks.bases import tiny_base_corpus, train_tiny_base
 from benchmarks.common import record, table
 from benchmarks.loss_parity import loss_of
 from qlite.cross_entropy import IGNORED
-from qlite.data import ASSETS, Batch
+from qlite.data import ASSETS, Batch, FAQBatches
 from qlite.nf4 import LS4_LEVELS
 
 SEEDS = 5
@@ -51,14 +51,14 @@ def of_windows(rows: torch.Tensor) -> Batch:
     return Batch(rows, labels, labels[:, 1:].numel())
 
 
-def faq(seed: int) -> tuple[Sequence[Batch] | qlite.data.FAQBatches, Sequence[Batch]]:
+def faq(seed: int) -> tuple[FAQBatches, list[Batch]]:
     """Returns what the tiny base learns, in the order of a seed, and what it is tested on."""
     tokenizer = qlite.load_tokenizer(ASSETS / "tiny-falcon")
     learned = qlite.faq_batches(ASSETS / "faq.json", tokenizer, batch_size=1, max_length=512, seed=seed)
     return learned, list(qlite.faq_batches(ASSETS / "faq_paraphrases.json", tokenizer, batch_size=8))
 
 
-def articles(seed: int) -> tuple[Sequence[Batch], Sequence[Batch]]:
+def articles(seed: int) -> tuple[list[Batch], list[Batch]]:
     """Returns what a model of bytes learns, windows drawn by a seed, and what it is tested on."""
     learned, held_out = (bases.encode("small", documents) for documents in tiny_base_corpus.support(0))
     steps, generator = ARTICLES[0], torch.Generator().manual_seed(seed)
