@@ -9,9 +9,9 @@ weight: relative squared error of the weights with their adapter, over all layer
 layer: relative error, as a norm, of what a layer returns for the dense model's own input, root mean square over layers.
 logits: relative error of the logits, as a norm. gap: mean difference of the loss, in nats a token.
 
-The last three on held-out library text. "spectrum" is the share of the squared error of a weight that its leading r singular
-vectors hold, which is all that a start of rank r can repair; "noise" is that share in normal random matrices of these sizes, and
-"noise_7b" about that in those of Falcon-7B's layers, by r (sqrt(m) + sqrt(n))^2 / (m n).
+The last three on held-out library text. "spectrum" is the share of the squared error of the weights that its leading r
+singular vectors hold, which is all that a start of rank r can repair; "noise" is that share in normal random matrices of these
+sizes, and "noise_7b" about that in those of Falcon-7B's layers, by r (sqrt(m) + sqrt(n))^2 / (m n).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import argparse
 import copy
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import qlite
 from benchmarks import bases
@@ -35,7 +36,7 @@ FORMATS = {"nf4": qlite.Linear4bit, "nf4 searched": functools.partial(qlite.Line
 STARTS = (("kaiming", 16), ("pissa", 16), ("loftq", 4), ("loftq", 16), ("loftq", 64))
 
 
-def linears(model: qlite.Falcon) -> dict[str, nn.Module]:
+def linears(model: qlite.Falcon) -> dict[str, Any]:
     """Returns the layers of the blocks, by name, encoded or not, with adapter or without."""
     last = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     return {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in last}
@@ -46,7 +47,7 @@ def inputs(model: qlite.Falcon, ids: Tensor) -> tuple[dict[str, Tensor], Tensor]
     """Returns what each layer gets, by name, and the logits."""
     found: dict[str, Tensor] = {}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, arguments, name=name: found.update({name: arguments[0]}))
+        layer.register_forward_pre_hook(lambda _, arguments, name=name: found.__setitem__(name, arguments[0]))
         for name, layer in linears(model).items()
     ]
     logits = model(ids[:, :-1])
@@ -67,7 +68,7 @@ def adapted(model: qlite.Falcon, kind: Callable[..., qlite.Linear4bit], start: s
 def leading_share(matrices: list[Tensor], r: int) -> float:
     """Returns how much of the squares of matrices is in their leading r singular vectors."""
     squares = [torch.linalg.svdvals(matrix).double().square() for matrix in matrices]
-    return (sum(values[:r].sum() for values in squares) / sum(values.sum() for values in squares)).item()  # type: ignore[union-attr]
+    return sum(values[:r].sum().item() for values in squares) / sum(values.sum().item() for values in squares)
 
 
 def noise_share(shapes: Iterable[tuple[int, int]], r: int) -> float:
