@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -78,37 +78,38 @@ def noise_share(shapes: Iterable[tuple[int, int]], r: int) -> float:
 
 
 @torch.no_grad()
-def measure(model: qlite.Falcon, form: str, start: str, r: int, ids: Tensor) -> dict:
-    """Returns a row of one format and one start."""
+def measure(model: qlite.Falcon, ids: Tensor, cases: Iterable[tuple[str, str, int]]) -> Iterator[dict]:
+    """Yields a row for each case: a format, a start and its rank."""
     got, wanted = inputs(model, ids)
-    encoded, dense = adapted(model, FORMATS[form], start, r), linears(model)
-    errors, squares, outputs, residuals = 0.0, 0.0, [], []
-    for name, layer in linears(encoded).items():
-        weight = dense[name].weight
-        base = layer.base.dequantize().float()
-        residuals.append(weight - base)
-        errors += (layer.merged(base) - weight).double().square().sum().item()
-        squares += weight.double().square().sum().item()
-        outputs.append(relative_error(layer(got[name]), dense[name](got[name])))
-    torch.manual_seed(0)
-    row = {"format": form, "start": start, "r": r, "weight": round(errors / squares, 6)}
-    row["layer"] = round((sum(value**2 for value in outputs) / len(outputs)) ** 0.5, 5)
-    row["logits"] = round(relative_error(encoded(ids[:, :-1]), wanted), 5)
-    row["gap"] = round((losses(encoded, ids) - losses(model, ids)).mean().item(), 5)
-    row["spectrum"] = round(leading_share(residuals, r), 4)
-    row["noise"] = round(leading_share([torch.randn_like(matrix) for matrix in residuals], r), 4)
-    row["noise_7b"] = round(noise_share(SHAPES["falcon7b"].values(), r), 4)
-    return row
+    dense, before = linears(model), losses(model, ids)
+    for form, start, r in cases:
+        encoded = adapted(model, FORMATS[form], start, r)
+        errors, squares, outputs, residuals = 0.0, 0.0, [], []
+        for name, layer in linears(encoded).items():
+            weight, base = dense[name].weight, layer.base.dequantize().float()
+            residuals.append(weight - base)
+            errors += (layer.merged(base) - weight).double().square().sum().item()
+            squares += weight.double().square().sum().item()
+            outputs.append(relative_error(layer(got[name]), dense[name](got[name])))
+        torch.manual_seed(0)
+        row = {"format": form, "start": start, "r": r, "weight": round(errors / squares, 6)}
+        row["layer"] = round((sum(value**2 for value in outputs) / len(outputs)) ** 0.5, 5)
+        row["logits"] = round(relative_error(encoded(ids[:, :-1]), wanted), 5)
+        row["gap"] = round((losses(encoded, ids) - before).mean().item(), 5)
+        row["spectrum"] = round(leading_share(residuals, r), 4)
+        row["noise"] = round(leading_share([torch.randn_like(matrix) for matrix in residuals], r), 4)
+        row["noise_7b"] = round(noise_share(SHAPES["falcon7b"].values(), r), 4)
+        yield row
 
 
 def main() -> None:
     """Measures every start over every format, and records a row each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=32, help="of 512 tokens of held-out text")
+    parser.add_argument("--windows", type=int, default=16, help="of 512 tokens of held-out text")
     options = parser.parse_args()
     model = qlite.load_falcon(ASSETS / "tiny-falcon", dtype=torch.float32)
     ids = windows(bases.encode("tiny", bases.held_out_texts("tiny")["library"]), options.windows)
-    rows = [measure(model, form, start, r, ids) for form in FORMATS for start, r in STARTS]
+    rows = list(measure(model, ids, [(form, start, r) for form in FORMATS for start, r in STARTS]))
     for row in rows:
         record("adapter_starts", {"model": "tiny", "windows": len(ids), **row}, show=False)
     print(table(tuple(rows[0]), [list(row.values()) for row in rows]))

@@ -181,7 +181,7 @@ def test_the_leading_share_of_noise_and_of_a_product():
 
 def test_loftq_is_nearer_to_the_dense_model_and_pissa_is_not(tiny):
     ids = torch.randint(4096, (1, 65), generator=torch.Generator().manual_seed(0))
-    plain, pissa, loftq = (adapter_starts.measure(tiny, "nf4", start, 16, ids) for start in ("kaiming", "pissa", "loftq"))
+    plain, pissa, loftq = adapter_starts.measure(tiny, ids, [("nf4", start, 16) for start in ("kaiming", "pissa", "loftq")])
     for key in ("weight", "layer", "logits"):
         assert loftq[key] < 0.95 * plain[key], key
         assert pissa[key] == pytest.approx(plain[key], rel=1e-3), key
