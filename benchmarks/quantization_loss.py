@@ -33,7 +33,7 @@ from benchmarks.bases import train_tiny_base
 from benchmarks.common import RESULTS, record, table
 from qlite.nf4 import FP4_LEVELS, LS4_LEVELS
 
-WINDOW, BATCH, SAMPLES = train_tiny_base.LENGTH, 16, 2000
+WINDOW, BATCH, SAMPLES = train_tiny_base.LENGTH, 8, 2000
 FORMATS: dict[str, dict] = {
     "nf4": {},
     "nf4 searched": {"search": True},
@@ -54,8 +54,9 @@ def losses(model: qlite.Falcon, ids: Tensor) -> Tensor:
     """Returns the mean loss of each window (n, WINDOW + 1), float64 (n,), in nats a token."""
     found = []
     for part in ids.split(BATCH):
-        logits = model.eval()(part[:, :-1]).transpose(1, 2).float()
-        found.append(torch.nn.functional.cross_entropy(logits, part[:, 1:], reduction="none").double().mean(dim=1))
+        logits = model.eval()(part[:, :-1]).float().flatten(0, 1)
+        each = torch.nn.functional.cross_entropy(logits, part[:, 1:].flatten(), reduction="none")
+        found.append(each.view(len(part), -1).double().mean(dim=1))
     return torch.cat(found)
 
 
