@@ -1,6 +1,6 @@
 """What four bits add to the loss of trained models on text that they were not trained on, by format.
 
-    python -m benchmarks.quantization_loss                               # the packaged tiny base; a CPU, 3 minutes
+    python -m benchmarks.quantization_loss                               # the packaged tiny base; a CPU, 15 minutes
     python -m benchmarks.quantization_loss --model small --seconds 60    # 30 million parameters, trained first; a GPU
     python -m benchmarks.quantization_loss --plot loss.png [--plot-only]
 
@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=bases.NAMES, default="tiny")
     parser.add_argument("--seconds", type=float, default=60, help="to train small or medium for, where that is not done yet")
-    parser.add_argument("--windows", type=int, default=600, help="of each kind of text, at most")
+    parser.add_argument("--windows", type=int, default=300, help="of each kind of text, at most")
     parser.add_argument("--draws", type=int, default=4, help="orders of the features that each format encodes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="what to call the tree where it is no git checkout")
