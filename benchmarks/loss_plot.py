@@ -32,8 +32,8 @@ def newest(rows: Iterable[dict], text: str) -> dict[str, dict[str, dict]]:
 def bars(found: dict[str, dict[str, dict]], form: str) -> tuple[list[int], list[float], list[list[float]]]:
     """Returns (numbers of the models, shares, [lengths below, lengths above]) of one format, where it was measured."""
     lines = [(number, forms[form]) for number, forms in enumerate(found.values()) if form in forms]
-    below = [line["share"] - line["share_low"] for _, line in lines]
-    above = [line["share_high"] - line["share"] for _, line in lines]
+    below = [max(0.0, line["share"] - line["share_low"]) for _, line in lines]
+    above = [max(0.0, line["share_high"] - line["share"]) for _, line in lines]
     return [number for number, _ in lines], [line["share"] for _, line in lines], [below, above]
 
 
