@@ -169,7 +169,8 @@ def test_the_tutorial_recipe_adapts_query_key_value_alone(faq, tmp_path, capsys)
 def test_a_quantized_checkpoint_answers_as_the_model_it_was_made_from(layout, tmp_path, capsys):
     question = "Where is my parcel?"
     assert cli.main(["quantize", "--output", str(tmp_path / "nf4"), "--dtype", "float32", "--layout", layout]) == 0
-    method = json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]["quant_method"]
+    said = json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]
+    method = said["format" if layout == "qlite" else "quant_method"]
     assert method == layout
     assert "wrote" in capsys.readouterr().out
     assert cli.main(["generate", question, "--tokens", "--dtype", "float32"]) == 0

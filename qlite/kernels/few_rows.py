@@ -240,7 +240,7 @@ def _store(
         tl.store(at + part * rows * wide, value, mask=mask)
         if step == steps - 1:
             for other in tl.static_range(1, PARTS):
-                tl.store(at + other * rows * wide, tl.zeros_like(value), mask=mask & (other > part))
+                tl.store(at + other * rows * wide, tl.zeros_like(value), mask=mask & (m * 0 + other > part))
 
 
 @triton.jit

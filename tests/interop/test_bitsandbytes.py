@@ -487,7 +487,8 @@ def test_it_reads_searched_scales_of_either_sign(quant_type, double_quant):
 def test_its_cuda_kernels_read_searched_scales_of_either_sign(dtype, quant_type, double_quant):
     w = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
     q = qlite.quantize_nf4(w, levels=quant_type, double_quant=double_quant, search=True, flat=True)
-    assert (nf4.dequantize_absmax(q.absmax, q.absmax_scale, q.absmax_offset) < 0).float().mean() > 0.3
+    if quant_type == "nf4":  # a scale of the other sign gains nothing with FP4's levels, which are the same in both
+        assert (nf4.dequantize_absmax(q.absmax, q.absmax_scale, q.absmax_offset) < 0).float().mean() > 0.3
     parts = {name: part for name, part in bnb_layout.to_4bit(q).items() if name != "weight"}
     state = functional.QuantState.from_dict(parts, torch.device("cuda"))
     ours, codes = q.dequantize(), q.codes.view(-1, 1)
