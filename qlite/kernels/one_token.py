@@ -15,18 +15,19 @@ from torch import Tensor
 from qlite.kernels import tiles
 from qlite.kernels.few_rows import round_to
 
-#: Query heads that a program attends with, keys that it reads at a time, and columns that one applies GELU to.
-HEADS, KEYS, COLUMNS = 16, 256, 2048
+#: Query heads that a program attends with, keys that it reads at a time (without tensor cores: in float32, which takes twice
+#: the registers and more), and columns that one applies GELU to.
+HEADS, KEYS, PLAIN_KEYS, COLUMNS = 16, 256, 64, 2048
 
 
 @triton.jit
-def _sum_parts(first_ptr, more_ptr, at, more_at, stride, more_stride, there, PARTS: tl.constexpr, MORE: tl.constexpr):
+def _sum_parts(first, more, at, more_at, stride, more_stride, there, PARTS: tl.constexpr, MORE: tl.constexpr):
     """Returns the float32 sum of PARTS numbers, `stride` apart, and MORE others."""
-    total = tl.load(first_ptr + at, mask=there, other=0.0).to(tl.float32)
+    total = tl.load(first + at, mask=there, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
-        total += tl.load(first_ptr + part * stride + at, mask=there, other=0.0).to(tl.float32)
+        total += tl.load(first + part * stride + at, mask=there, other=0.0).to(tl.float32)
     for part in tl.static_range(MORE):
-        total += tl.load(more_ptr + part * more_stride + more_at, mask=there, other=0.0).to(tl.float32)
+        total += tl.load(more + part * more_stride + more_at, mask=there, other=0.0).to(tl.float32)
     return total
 
 
@@ -208,6 +209,6 @@ def between(
             *of_fused[0], *of_up[0], cos, sin, keys, values, at, visible.view(torch.int8), attended, activated,
             *of_fused[1], *of_up[1], chunks, kv_heads, group, length, 0 if cos.shape[0] == 1 else size // 2, ffn, size**-0.5,
             FUSED=of_fused[2][0], MORE_FUSED=of_fused[2][1], UP=of_up[2][0], MORE_UP=of_up[2][1], SIZE=size, HEADS=HEADS,
-            KEYS=KEYS, COLUMNS=COLUMNS, PLAIN=plain, EARLY=early, num_warps=8, num_stages=1, enable_fp_fusion=False, **options,
+            KEYS=PLAIN_KEYS if plain else KEYS, COLUMNS=COLUMNS, PLAIN=plain, EARLY=early, num_warps=8, num_stages=1, enable_fp_fusion=False, **options,
         )  # fmt: skip
     return attended, activated

@@ -51,7 +51,7 @@ class Tile:
 _FEW = (4, 0, Tile("few rows", 4, 4))
 _HOPPER = [
     (4, 40_000_000, Tile("few rows", 4, 4, split=False, parts=4, registers=128, early=True)),
-    (4, 0, Tile("few rows", 4, 4, registers=128, early=True)),
+    (4, 0, Tile("few rows", 3, 4, parts=4, registers=168, early=True)),
     (16, 0, Tile("small batch", 2, 4, 128, 16, stages=6)),  # 32; 3 programs: 40; tiles of 64: 56; of 256: 33
     (32, 0, Tile("small batch", 2, 4, 128, 32, stages=4)),  # 38
     (64, 0, Tile("small batch", 1, 8, 128, 64, stages=3, sort=True)),  # 47; tiles of 256: 51; scaled, 4 warps: 49
