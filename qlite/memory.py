@@ -70,7 +70,7 @@ class MemoryEstimate:
     @property
     def reserved(self) -> int:
         """Bytes that PyTorch reserves for it with one shape of batch: at most, by the lines of benchmarks/results that say."""
-        return self.peak + 5 * GIB // 8 + self.activations // 3
+        return self.peak + GIB + self.activations // 3
 
     def __str__(self) -> str:
         parts = dataclasses.asdict(self)

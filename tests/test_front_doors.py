@@ -520,7 +520,7 @@ def test_a_run_broken_off_leaves_modes_learning_rate_and_no_gradients(training, 
 
 def test_a_second_add_lora_in_a_cell_run_again_says_what_to_do():
     model = adapted(qlite.Linear4bit)
-    with pytest.raises(ValueError, match="has adapters already.*or load a fresh base"):
+    with pytest.raises(ValueError, match=r"has adapters already.*or load a fresh base"):
         qlite.add_lora(model, qlite.LoRAConfig(r=3))
 
 

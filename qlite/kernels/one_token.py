@@ -209,6 +209,7 @@ def between(
             *of_fused[0], *of_up[0], cos, sin, keys, values, at, visible.view(torch.int8), attended, activated,
             *of_fused[1], *of_up[1], chunks, kv_heads, group, length, 0 if cos.shape[0] == 1 else size // 2, ffn, size**-0.5,
             FUSED=of_fused[2][0], MORE_FUSED=of_fused[2][1], UP=of_up[2][0], MORE_UP=of_up[2][1], SIZE=size, HEADS=HEADS,
-            KEYS=PLAIN_KEYS if plain else KEYS, COLUMNS=COLUMNS, PLAIN=plain, EARLY=early, num_warps=8, num_stages=1, enable_fp_fusion=False, **options,
+            KEYS=PLAIN_KEYS if plain else KEYS, COLUMNS=COLUMNS, PLAIN=plain, EARLY=early,
+            num_warps=8, num_stages=1, enable_fp_fusion=False, **options,
         )  # fmt: skip
     return attended, activated
