@@ -338,7 +338,7 @@ VARIANTS = {
         "_absmax_quantize_kernel", ABSMAX, {"ABSMAX_BLOCK": 256, "GROUPS": 8, "PARTS": 1024, "parts": 1}
     ),
     "few rows": few_rows(capabilities=TENSOR_CORES, budget=3.1),
-    "few rows, whole groups": few_rows(tile=tiles.table((9, 0))[1][2], capabilities=TENSOR_CORES),
+    "few rows, whole groups": few_rows(tile=tiles.table((8, 0))[0][2], capabilities=TENSOR_CORES),
     "few rows, early": few_rows(early=True, capabilities=(90,)),
     "few rows, columns split": few_rows(tile=dataclasses.replace(tiles.table((9, 0))[0][2], split=True), capabilities=(90,)),
     "few rows of two weights, stacked": few_rows(mode="STACKED", tile=STACKED, capabilities=TENSOR_CORES, budget=3.3),
