@@ -186,6 +186,12 @@ class Linear4bit(QuantizedLinear):
         self.levels = encoded.levels
         return self
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        # The table in Python, which tells layers of one table from others, is that of the levels that came.
+        if not self.levels.is_meta and nf4.name_of(self._table) != nf4.name_of(tuple(self.levels.tolist())):
+            self._table = tuple(self.levels.tolist())
+
     def encoded(self) -> NF4Tensor:
         """Returns the weight as an NF4Tensor that shares this module's memory."""
         shape = torch.Size((self.out_features, self.in_features))

@@ -143,6 +143,18 @@ def _two_products_fake(xs: list[Tensor], one: list[Tensor], other: list[Tensor],
 
 
 def _two_products_cuda(xs: list[Tensor], one: list[Tensor], other: list[Tensor], block_size: int) -> Tensor:
+    rows, out_features = {x.shape[:-1] for x in xs}, (one[0].shape[0], other[0].shape[0])
+    if not (len(xs) in (1, 2) and len(rows) == 1 and xs[0].ndim == 2 and 1 <= xs[0].shape[0] <= one_token.FEW_ROWS):
+        raise ValueError(
+            f"two_products: x of {[tuple(x.shape) for x in xs]}; wanted one or two of up to {one_token.FEW_ROWS} rows"
+        )
+    if block_size % 64 or any(x.shape[1] % 64 or x.dtype not in (torch.float16, torch.bfloat16) for x in xs):
+        raise ValueError("two_products: wanted float16 or bfloat16, columns and blocks of a multiple of 64")
+    if len(xs) == 2 and out_features[0] != out_features[1]:
+        raise ValueError(f"two_products: weights of {out_features} rows, whose products cannot be added")
+    for x, (codes, absmax, *double_quant, levels) in zip((xs[0], xs[-1]), (one, other), strict=True):
+        scale, offset = double_quant or (None, None)
+        nf4.check_coded(codes, absmax, scale, offset, levels, x.shape[1], block_size)
     return kernels("linear_nf4", xs[0].device).two_products(xs, one, other, block_size)
 
 

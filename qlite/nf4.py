@@ -389,3 +389,20 @@ def dequantize(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns `x @ weight.T + bias` for the decoded weight (out, in): with `dequantize`, the reference of linear_nf4."""
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def check_coded(codes, absmax, absmax_scale, absmax_offset, levels, in_features: int, block_size: int) -> None:
+    """Raises ValueError where the parts do not fit each other: a kernel would read beyond a tensor that is too short."""
+    rows = codes.shape[0]
+    blocks = blocks_per_row(in_features, block_size)
+    groups = -(-rows * blocks // ABSMAX_BLOCK_SIZE)
+    wanted = {"codes": (codes, (rows, (in_features + 1) // 2)), "absmax": (absmax, (rows, blocks)), "levels": (levels, (16,))}
+    if absmax.dtype == torch.uint8:
+        wanted |= {"absmax_scale": (absmax_scale, (groups,)), "absmax_offset": (absmax_offset, (1,))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None or tensor.shape != shape:
+            found = None if tensor is None else tuple(tensor.shape)
+            raise ValueError(
+                f"the parts of a 4-bit weight do not belong together: {name} has shape {found}; wanted {shape} for "
+                f"{in_features} columns in blocks of {block_size}"
+            )

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from qlite import rotary
 
+#: Rows of a batch, up to which two weights are multiplied at once.
+FEW_ROWS = 4
+
 
 def add_norm(x: Tensor, parts: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Returns x + the product of `parts`, rounded to the dtype of x, and its LayerNorm; both (B, columns).

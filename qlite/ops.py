@@ -23,23 +23,6 @@ from qlite.operators import declare, differentiate, grad_bias, keep, kernels, on
 # NF4: encode and decode.
 
 
-def _check_coded(codes, absmax, absmax_scale, absmax_offset, levels, in_features: int, block_size: int) -> None:
-    """Raises ValueError where the parts do not fit each other: a kernel would read beyond a tensor that is too short."""
-    rows = codes.shape[0]
-    blocks = nf4.blocks_per_row(in_features, block_size)
-    groups = -(-rows * blocks // nf4.ABSMAX_BLOCK_SIZE)
-    wanted = {"codes": (codes, (rows, (in_features + 1) // 2)), "absmax": (absmax, (rows, blocks)), "levels": (levels, (16,))}
-    if absmax.dtype == torch.uint8:
-        wanted |= {"absmax_scale": (absmax_scale, (groups,)), "absmax_offset": (absmax_offset, (1,))}
-    for name, (tensor, shape) in wanted.items():
-        if tensor is None or tensor.shape != shape:
-            found = None if tensor is None else tuple(tensor.shape)
-            raise ValueError(
-                f"the parts of a 4-bit weight do not belong together: {name} has shape {found}; wanted {shape} for "
-                f"{in_features} columns in blocks of {block_size}"
-            )
-
-
 _CODED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, Tensor levels"
 
 
@@ -93,12 +76,12 @@ on_cuda("quantize_nf4_absmax", _quantize_nf4_absmax_cuda)
 
 
 def _dequantize_nf4(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
-    _check_coded(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size)
+    nf4.check_coded(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size)
     return nf4.dequantize(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype)
 
 
 def _dequantize_nf4_cuda(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype) -> Tensor:
-    _check_coded(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size)
+    nf4.check_coded(codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size)
     return kernels("nf4_codec", codes.device).dequantize(
         codes, absmax, absmax_scale, absmax_offset, levels, in_features, block_size, dtype
     )
@@ -134,7 +117,7 @@ def _linear_nf4(x, codes, absmax, absmax_scale, absmax_offset, levels, bias, out
 def _check_rows_or_flat(coded, out_features: int, in_features: int, block_size: int) -> None:
     codes, absmax, absmax_scale, absmax_offset, levels = coded
     row = nf4.coded_row(codes.shape[0], torch.Size((out_features, in_features)))
-    _check_coded(codes, absmax, absmax_scale, absmax_offset, levels, row, block_size)
+    nf4.check_coded(codes, absmax, absmax_scale, absmax_offset, levels, row, block_size)
 
 
 def _check_bias(bias: Tensor | None, out_features: int, caller: str) -> None:

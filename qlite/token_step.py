@@ -18,28 +18,30 @@ from torch import Tensor, nn
 from qlite.falcon import _MLP, Falcon, KVCache, _Attention, _Block, _LayerNorm
 from qlite.linear import Linear4bit
 from qlite.lora import LoRALinear
-
-#: Rows of a batch, up to which two weights are multiplied at once.
-FEW_ROWS = 4
+from qlite.one_token import FEW_ROWS
 
 
 def fits(model: nn.Module) -> bool:
     """Whether this file's `next_hidden` can take a model: its blocks are Falcon's own, parallel, rotary, and without hooks."""
     if type(model) is not Falcon or model.config.alibi or not model.config.parallel_attn:
         return False
-    if model.config.head_dim not in (32, 64, 128) or nn.modules.module._has_any_global_hook():
+    if model.config.head_dim not in (32, 64) or nn.modules.module._has_any_global_hook():
         return False
-    embedding = model.transformer.word_embeddings.weight
-    if torch.is_autocast_enabled(embedding.device.type):
+    dtype, device = model.transformer.word_embeddings.weight.dtype, model.transformer.word_embeddings.weight.device
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16) or torch.is_autocast_enabled(device.type):
         return False
     own = {"self_attention": _Attention, "mlp": _MLP, **dict.fromkeys(("input_layernorm", "ln_attn", "ln_mlp"), _LayerNorm)}
     for block in model.transformer.h:
         parts = [(part, own.get(name)) for name, part in block.named_children()]
         if type(block) is not _Block or any(type(part) is not wanted for part, wanted in parts):
             return False
-        if any(m._forward_hooks or m._forward_pre_hooks for m in block.modules()):
-            return False
-    return all(p.dtype == embedding.dtype for name, p in model.named_parameters() if "norm" in name or ".ln_" in name)
+    if type(model.transformer.ln_f) is not _LayerNorm:
+        return False
+    walked = [module for part in (*model.transformer.h, model.transformer.ln_f) for module in part.modules()]
+    # Hooks, and what puts a function of its own in the place of an instance's forward.
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in walked):
+        return False
+    return all(p.dtype == dtype for name, p in model.named_parameters() if "norm" in name or ".ln_" in name)
 
 
 def next_hidden(model: Falcon, ids: Tensor, positions: Tensor, visible: Tensor, cache: KVCache, at: Tensor) -> Tensor:
@@ -90,7 +92,9 @@ def _updated(parts: list[Tensor], *calls: tuple[nn.Module, Tensor]) -> list[Tens
     updates = [
         torch.ops.qlite.lora_update(x, *layer.factors(), layer.scaling) for layer, x in calls if isinstance(layer, LoRALinear)
     ]
-    return [*parts, *([torch.stack(updates)] if updates else [])]
+    if not updates:
+        return parts
+    return [*parts, updates[0][None] if len(updates) == 1 else torch.stack(updates)]
 
 
 def _pair(one: nn.Module, other: nn.Module, x: Tensor) -> tuple[Linear4bit, Linear4bit] | None:
@@ -104,7 +108,7 @@ def _pair(one: nn.Module, other: nn.Module, x: Tensor) -> tuple[Linear4bit, Line
 
 
 def _plain(layer: nn.Module) -> Linear4bit | None:
-    """Returns the encoded layer without bias, of whole blocks of 64 n, that a layer is, or has an adapter beside."""
+    """Returns the encoded layer of rows without bias, of whole blocks of 64 n, that a layer is, or has an adapter beside."""
     if type(layer) is LoRALinear and layer.magnitude is None and not (layer.dropout.training and layer.dropout.p):
         layer = layer.base
     if type(layer) is not Linear4bit or layer.bias is not None or layer.block_size % 64 or layer.in_features % 64:

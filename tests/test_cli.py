@@ -445,13 +445,13 @@ def test_stats_say_how_many_tokens_came_and_when(capsys):
 def test_an_estimate_needs_the_config_alone_and_says_what_fits(tmp_path, capsys):
     (tmp_path / "config.json").write_bytes((BASE / "config.json").read_bytes())
     arguments = ["estimate", "--base", str(tmp_path), "--max-length", "256"]
-    assert cli.main([*arguments, "--memory", "1.2"]) == 0
+    assert cli.main([*arguments, "--memory", "1.7"]) == 0
     *parts, peak, last = capsys.readouterr().out.splitlines()
     sizes = [float(line.split()[1]) for line in (*parts, peak)]
     assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.004) and peak.startswith("peak")
-    most = int(re.fullmatch(r"fits 1.2 GiB, of which 0.5 GiB are left to CUDA: yes; up to batch (\d+)", last)[1])
+    most = int(re.fullmatch(r"fits 1.7 GiB, of which 0.5 GiB are left to CUDA: yes; up to batch (\d+)", last)[1])
     for rows, fits in ((most, "yes"), (most + 1, "no")):
-        assert cli.main([*arguments, "--memory", "1.2", "--batch-size", str(rows)]) == 0
+        assert cli.main([*arguments, "--memory", "1.7", "--batch-size", str(rows)]) == 0
         assert f"left to CUDA: {fits}; up to batch {most}" in capsys.readouterr().out
     assert cli.main([*arguments, "--memory", "0.1"]) == 0
     assert capsys.readouterr().out.endswith("no; not even batch 1\n")

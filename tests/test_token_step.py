@@ -103,6 +103,17 @@ def test_two_weights_are_multiplied_at_once_for_a_few_rows(kind, monkeypatch):
     assert not calls
 
 
+def test_layers_whose_levels_came_from_a_file_are_told_apart_by_them():
+    usual, mixed = model_of("7b"), model_of("7b")
+    qlite.quantize_model(usual)
+    qlite.quantize_model(mixed, functools.partial(qlite.Linear4bit, levels="fp4"))
+    parts = {name: part for name, part in mixed.state_dict().items() if "dense_h_to_4h" in name}
+    usual.load_state_dict(parts, strict=False)
+    layer = usual.transformer.h[0].mlp.dense_h_to_4h
+    assert layer.config()["format"] == "fp4"
+    assert token_step._pair(usual.transformer.h[0].self_attention.query_key_value, layer, torch.zeros(1, 192).half()) is None
+
+
 @pytest.mark.parametrize("name", [name for name in FLAVOURS if FLAVOURS[name].alibi or not FLAVOURS[name].parallel_attn])
 def test_other_blocks_are_left_to_falcon(name):
     assert not token_step.fits(Falcon(FLAVOURS[name]))
@@ -117,7 +128,13 @@ def test_hooks_other_modules_and_dtypes_are_left_to_falcon():
     replaced.transformer.h[0].mlp = torch.nn.Sequential(replaced.transformer.h[0].mlp)
     mixed = copy.deepcopy(model)
     mixed.transformer.ln_f.double()
-    assert not any(map(token_step.fits, (hooked, replaced, mixed)))
+    last_hooked, last_replaced, patched = (copy.deepcopy(model) for _ in range(3))
+    last_hooked.transformer.ln_f.register_forward_pre_hook(lambda *arguments: None)
+    last_replaced.transformer.ln_f = torch.nn.Identity()
+    mlp = patched.transformer.h[2].mlp
+    mlp.forward = mlp.forward  # as accelerate's hooks take the place of a method
+    others = (hooked, replaced, mixed, last_hooked, last_replaced, patched, copy.deepcopy(model).double())
+    assert not any(map(token_step.fits, others))
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert not token_step.fits(model)
 

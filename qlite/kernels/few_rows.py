@@ -9,12 +9,13 @@ then is whole chunks of 32 bytes that share a scale. Sums are float32, in an ord
 Two weights may be multiplied in one launch, as a launch costs as much as a quarter of a product: STACKED, two weights of one x,
 whose results lie beside each other; SUMMED, two weights of an x each, whose results are added.
 
-The unit of work is a step: 256 columns of a group of the weight's rows. The groups' steps lie one after the other, and the
-programs take even ranges of them. So a group may be the work of several programs: each writes its part, and what reads the
-product adds up the parts (a part that nobody computed is zero). Of a warp, 16 rows and a chunk of two blocks meet x in
-`mma.sync`. The product has eight columns: columns 0-3 are the rows of x with the second block's part zero, columns 4-7 with the
-first's, so that each can be given its own scale. PLAIN is the same without inline PTX: for the interpreter, and for GPUs before
-capability 8.0, where there is no tensor core that Triton uses. The specification is nf4.linear over nf4.dequantize.
+The unit of work is a step: 256 columns of a group of 16 rows for each warp, or (SPLIT) of the same 16 rows as many times. The
+groups' steps lie one after the other, and the programs take even ranges of them. So a group may be the work of several
+programs: each writes its part, and what reads the product adds up the parts (a part that nobody computed is zero). Of a warp,
+16 rows and a chunk of two blocks meet x in `mma.sync`. The product has eight columns: columns 0-3 are the rows of x with the
+second block's part zero, columns 4-7 with the first's, so that each can be given its own scale. PLAIN is the same without
+inline PTX: for the interpreter, and for GPUs before capability 8.0, where there is no tensor core that Triton uses. The
+specification is nf4.linear over nf4.dequantize.
 """
 
 from __future__ import annotations
@@ -336,7 +337,8 @@ def _tensor_core_range(
 @triton.jit
 def _few_rows_kernel(
     x_ptr, codes_ptr, absmax_ptr, scale_ptr, offset_ptr, offset1_ptr, dynamic_ptr, levels_ptr, bias_ptr, y_ptr,
-    codes_delta, x_delta, absmax_delta, scale_delta, rows, x_row0, x_row1, groups0, steps0, rows0, rows1, blocks0, blocks1,
+    codes_delta: tl.int64, x_delta: tl.int64, absmax_delta: tl.int64, scale_delta: tl.int64,
+    rows, x_row0, x_row1, groups0, steps0, rows0, rows1, blocks0, blocks1,
     absmax0, absmax1, steps, total_steps,
     MODE: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, RATIO: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr, BIAS: tl.constexpr, PLAIN: tl.constexpr, EARLY: tl.constexpr,
@@ -399,7 +401,7 @@ def arguments(coded, bias: Tensor | None, block_size: int, dtype: torch.dtype) -
         scale = offset = levels  # pointers that nothing is read from
     levels = levels.contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
-    pointers = [codes.view(torch.int32), absmax.contiguous(), scale, offset, dynamic, levels, bias]
+    pointers = [codes.view(torch.int32), absmax.contiguous(), scale.contiguous(), offset, dynamic, levels, bias]
     constants = {
         "RATIO": block_size // 64, "DOUBLE_QUANT": double_quant, "BIAS": bias is not None,
         "PLAIN": tiles.plain(codes.device),
@@ -410,7 +412,9 @@ def arguments(coded, bias: Tensor | None, block_size: int, dtype: torch.dtype) -
 def _launch(xs: list[Tensor], weights: list, mode: int, bias: Tensor | None, y: Tensor, block_size: int, tile: Tile) -> None:
     """Fills y: (rows, out_features) where tile.parts is 1, else float32 (parts, rows, out_features)."""
     (codes, absmax, scale, offset, dynamic, levels, bias), constants = arguments(weights[0], bias, block_size, xs[0].dtype)
-    others, _ = arguments(weights[-1], None, block_size, xs[0].dtype)
+    others = [codes, absmax, scale, offset]
+    if len(weights) == 2:
+        others, _ = arguments(weights[1], None, block_size, xs[0].dtype)
     warps, plain = tile.warps, constants["PLAIN"]
     tall, wide = (16, 4 * warps) if tile.split else (16 * warps, 4)
     (out0, columns0), (out1, columns1) = weights[0][0].shape, weights[-1][0].shape

@@ -38,20 +38,24 @@ def linear(
     if tile is None:
         weight = decoded(coded, out_features, in_features, block_size, x.dtype)
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    flat = x.reshape(rows, in_features).contiguous()
-    if flat.data_ptr() % 16:
-        flat = flat.clone()
+    flat = aligned(x.reshape(rows, in_features))
     run = few_rows.multiply if tile.method == "few rows" else small_batch.multiply
     return run(flat, coded, bias, block_size, tile).view(*x.shape[:-1], out_features)
 
 
 def two_products(xs: list[Tensor], one: list[Tensor], other: list[Tensor], block_size: int) -> Tensor:
     """Returns the parts of two products of up to four rows, as few_rows.multiply_two."""
-    xs = [x.contiguous() if x.data_ptr() % 16 == 0 else x.clone() for x in xs]
+    xs = [aligned(x) for x in xs]
     weights = [tuple(w) if len(w) == 5 else (*w[:2], None, None, w[2]) for w in (one, other)]
-    weights = [(w[0] if w[0].is_contiguous() and w[0].data_ptr() % 16 == 0 else w[0].clone(), *w[1:]) for w in weights]
+    weights = [(aligned(w[0]), *w[1:]) for w in weights]
     tile = tiles.two_products("stacked" if len(xs) == 1 else "summed", xs[0].device)
     return few_rows.multiply_two(xs, weights, block_size, tile)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Returns x, contiguous and at an address that is a multiple of 16: a copy where it is not."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def gradient(grad: Tensor, coded: tuple[Tensor | None, ...], in_features: int, block_size: int) -> Tensor:

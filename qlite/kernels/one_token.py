@@ -15,9 +15,9 @@ from torch import Tensor
 from qlite.kernels import tiles
 from qlite.kernels.few_rows import round_to
 
-#: Query heads that a program attends with, keys that it reads at a time (without tensor cores: in float32, which takes twice
-#: the registers and more), and columns that one applies GELU to.
-HEADS, KEYS, PLAIN_KEYS, COLUMNS = 16, 256, 64, 2048
+#: Query heads that a program attends with, keys that it reads at a time (in float32, as without tensor cores, more registers),
+#: and columns that one applies GELU to.
+HEADS, KEYS, WIDE_KEYS, COLUMNS = 16, 256, 64, 2048
 
 
 @triton.jit
@@ -170,6 +170,8 @@ def _between_kernel(
 def _parts(parts: list[Tensor]) -> tuple[list[Tensor], list[int], list[int]]:
     """Returns the pointers, strides (of parts and rows) and counts of one or two tensors of parts (count, B, columns)."""
     first, more = parts[0], parts[-1]
+    if len(parts) > 2:
+        raise ValueError(f"{len(parts)} tensors of parts; wanted one or two")
     strides = [first.stride(0), first.stride(1), more.stride(0), more.stride(1)]
     return [first, more], strides, [first.shape[0], more.shape[0] if len(parts) > 1 else 0]
 
@@ -209,7 +211,7 @@ def between(
             *of_fused[0], *of_up[0], cos, sin, keys, values, at, visible.view(torch.int8), attended, activated,
             *of_fused[1], *of_up[1], chunks, kv_heads, group, length, 0 if cos.shape[0] == 1 else size // 2, ffn, size**-0.5,
             FUSED=of_fused[2][0], MORE_FUSED=of_fused[2][1], UP=of_up[2][0], MORE_UP=of_up[2][1], SIZE=size, HEADS=HEADS,
-            KEYS=PLAIN_KEYS if plain else KEYS, COLUMNS=COLUMNS, PLAIN=plain, EARLY=early,
+            KEYS=WIDE_KEYS if plain or keys.dtype == torch.float32 else KEYS, COLUMNS=COLUMNS, PLAIN=plain, EARLY=early,
             num_warps=8, num_stages=1, enable_fp_fusion=False, **options,
         )  # fmt: skip
     return attended, activated

@@ -25,8 +25,8 @@ class Tile:
         sort: the columns of x are put in the tensor core's order first, so that they can be read 16 bytes at a time.
         width: neighbouring columns of a thread in Triton's operand: 2 on capability 9.0, 4 before.
         split: the warps of a program share the columns of 16 rows of the weight, instead of having 16 rows each. parts: in
-            which results are left, at most two more than the programs that share a group of rows; 1: whole groups are dealt
-            out. registers: of a thread, at most. early: the launch begins while the one before it ends (few rows).
+            which results are left, more than there are programs that share a group of rows; 1: whole groups are dealt out.
+            registers: of a thread, at most. early: the launch begins while the one before it ends (few rows).
     """
 
     method: str
@@ -132,5 +132,10 @@ def linear_nf4(rows: int, shape: tuple[int, int], block_size: int, dtype: torch.
 
 
 def early(device: torch.device) -> bool:
-    """Whether a kernel can begin while the one before it ends: programmatic dependent launch, capability 9.0 on."""
+    """Whether a kernel can begin while the one before it ends: programmatic dependent launch, capability 9.0 on.
+
+    A kernel that is launched so, and lets the next begin early, writes activations alone, and only after its own wait. Before
+    that wait it reads what such kernels never write: codes, scales, levels, the weights of norms. What writes those (encoding,
+    optimizers, copies) lets nothing begin early, so it is complete before any kernel behind it begins.
+    """
     return _properties(device)[0] >= (9, 0)

@@ -4,7 +4,7 @@ import concurrent.futures
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qlite
@@ -39,6 +39,7 @@ def within(found, left, right, dtype) -> bool:
 weights = st.tuples(st.integers(1, 150), st.integers(1, 7), st.sampled_from([64, 128, 256]), st.booleans())
 
 
+@settings(max_examples=60)  # the interpreter is slow
 @given(
     weights, st.integers(1, 40), st.sampled_from(list(ROUNDOFF)), st.booleans(), tables, st.integers(0, 2**31), st.booleans()
 )

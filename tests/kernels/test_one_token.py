@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -128,3 +130,31 @@ def test_two_products_are_those_of_float64(
     assert (
         (found.double().sum(0) - wanted).abs() <= (UNIT[dtype] + 2.0**-24 * 64 * (blocks0 + blocks1)) * 1.01 * size + 1e-7
     ).all()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the CUDA implementation of the op")
+def test_what_the_kernel_cannot_take_is_refused():
+    q = qlite.quantize_nf4(draw(32, 128))
+    weight = [q.codes, q.absmax, q.absmax_scale, q.absmax_offset, q.levels]
+    x = draw(2, 128, dtype=torch.float16)
+    for xs, match in (
+        ([draw(6, 128, dtype=torch.float16)], "up to 4 rows"), ([x.float()], "float16 or bfloat16"), ([x, x[:1]], "up to 4 rows"),
+        ([draw(2, 64, dtype=torch.float16)], "do not belong together"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            torch.ops.qlite.two_products(xs, weight, weight, 64)
+
+
+def test_no_more_programs_share_a_group_than_there_are_parts():
+    for parts in (3, 4, 8):
+        for groups in range(1, 12):
+            for steps in range(1, 20):
+                total = groups * steps
+                for programs in range(1, min(total, groups * (parts - 2)) + 1):
+                    starts = [program * total // programs for program in range(programs + 1)]
+                    owners = [range(first // steps, -(-stop // steps)) for first, stop in itertools.pairwise(starts)]
+                    shared = [sum(group in owned for owned in owners) for group in range(groups)]
+                    assert min(shared) >= 1 and max(shared) <= parts
+                    for group in range(groups):  # as the kernel finds the first
+                        first = next(program for program, owned in enumerate(owners) if group in owned)
+                        assert first == ((group * steps + 1) * programs - 1) // total

@@ -240,9 +240,9 @@ def one_token_sums(capabilities=CAPABILITIES, **constants):
     return Variant("one_token", "_add_norm_kernel", signature, constants, aligned, {"num_warps": 32}, capabilities=capabilities)
 
 
-def between_products(capabilities=CAPABILITIES, **constants):
+def between_products(capabilities=CAPABILITIES, dtype="*bf16", **constants):
     pointers = dict.fromkeys(("fused_ptr", "more_fused_ptr", "up_ptr", "more_up_ptr"), "*fp32")
-    pointers |= dict.fromkeys(("cos_ptr", "sin_ptr", "keys_ptr", "values_ptr", "attended_ptr", "activated_ptr"), "*bf16")
+    pointers |= dict.fromkeys(("cos_ptr", "sin_ptr", "keys_ptr", "values_ptr", "attended_ptr", "activated_ptr"), dtype)
     names = [f"{of}_{what}" for of in ("fused", "more_fused", "up", "more_up") for what in ("stride", "row")]
     integers = dict.fromkeys((*names, "chunks", "kv_heads", "group", "length", "cos_stride", "ffn"), "i32")
     signature = {**pointers, "at_ptr": "*i64", "visible_ptr": "*i8", **integers, "scale": "fp32"}
@@ -414,6 +414,7 @@ VARIANTS = {
     "sums and LayerNorm of one token, early": one_token_sums(EARLY=True, capabilities=(90,)),
     "attention and GELU of one token": between_products(TENSOR_CORES),
     "attention and GELU of one token, without tensor cores": between_products((75,), PLAIN=True, KEYS=64),
+    "attention and GELU of one token, float32": between_products(TENSOR_CORES, dtype="*fp32", KEYS=64),
     "attention and GELU of one token, early": between_products(EARLY=True, capabilities=(90,)),
     "int8, one row": int8_one_row(),
     "int8, one row of any length": int8_one_row(False),
