@@ -138,7 +138,8 @@ def test_what_the_kernel_cannot_take_is_refused():
     weight = [q.codes, q.absmax, q.absmax_scale, q.absmax_offset, q.levels]
     x = draw(2, 128, dtype=torch.float16)
     for xs, match in (
-        ([draw(6, 128, dtype=torch.float16)], "up to 4 rows"), ([x.float()], "float16 or bfloat16"), ([x, x[:1]], "up to 4 rows"),
+        ([draw(6, 128, dtype=torch.float16)], "up to 4 rows"), ([x.float()], "float16 or bfloat16"),
+        ([x, x[:1]], "up to 4 rows"),
         ([draw(2, 64, dtype=torch.float16)], "do not belong together"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
