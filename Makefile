@@ -1,5 +1,5 @@
 # make demo    fine-tune the packaged tiny Falcon on the packaged FAQ, ask before and after
-# make test    the whole test-suite
+# make test    the whole test-suite, in two processes of one thread each
 # make lint    ruff and pyright
 # make bench   the benchmarks that need no GPU
 #
@@ -20,7 +20,7 @@ demo: .venv/demo.stamp
 	$(BIN)/qlite finetune
 
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .
