@@ -20,7 +20,7 @@ demo: .venv/demo.stamp
 	$(BIN)/qlite finetune
 
 test: .venv/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .

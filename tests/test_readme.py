@@ -34,7 +34,7 @@ def test_the_makefile_runs_the_demo_and_the_whole_suite():
     recipes = dict(re.findall(r"^(demo|test):.*\n\t(.*)$", MAKEFILE, re.MULTILINE))
     assert recipes["demo"].endswith("/qlite finetune")
     # No path, no -k, no -m: all that testpaths names.
-    assert re.search(r"-m pytest( -q)?$", recipes["test"])
+    assert re.search(r"-m pytest( -q)?( -n 2 --dist loadfile)?$", recipes["test"])
 
 
 def test_there_is_one_block_of_code_for_the_main_job_and_one_for_each_task():
