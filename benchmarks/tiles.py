@@ -30,8 +30,11 @@ from benchmarks.common import (
 FALCON = SHAPES["falcon7b"]
 LAYERS = ("dense_h_to_4h", "query_key_value", "dense_4h_to_h")
 ROWS = (1, 4, 16, 32, 64, 128, 256)
-#: (warps, programs a multiprocessor)
-FEW = ((4, 4), (4, 3), (4, 5), (8, 2), (8, 3))
+#: (warps, programs a multiprocessor, split, parts, registers)
+FEW = (
+    (4, 4, False, 4, 128), (4, 3, False, 4, 168), (8, 2, False, 4, 128), (4, 4, True, 4, 128), (4, 3, True, 4, 168),
+    (4, 4, True, 1, 128), (4, 3, True, 1, 168),
+)  # fmt: skip
 #: Rows of x -> (programs, warps, tile_n, tile_m, stages, two, scaled, sort)
 BATCH = {
     16: (
@@ -66,12 +69,15 @@ BATCH = {
 
 def tiles_of(rows: int):
     """Yields the tiles that are tried for a number of rows."""
-    from qlite.kernels.tiles import Tile
+    from qlite.kernels.tiles import Tile, early
 
     multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
     if rows <= 4:
-        for warps, programs in FEW:
-            yield Tile("few rows", programs * multiprocessors, warps)
+        for warps, programs, split, parts, registers in FEW:
+            yield Tile(
+                "few rows", programs * multiprocessors, warps, split=split, parts=parts, registers=registers,
+                early=early(torch.device("cuda", torch.cuda.current_device())),
+            )  # fmt: skip
     for programs, warps, tile_n, tile_m, stages, two, scaled, sort in BATCH.get(rows, ()):
         yield Tile("small batch", programs * multiprocessors, warps, tile_n, tile_m, stages, two, scaled, sort)
 

@@ -50,8 +50,7 @@ class Tile:
 #: driver for more only by its own.
 _FEW = (4, 0, Tile("few rows", 4, 4))
 _HOPPER = [
-    # 1 row: 18.2, of which 1.4 are the sum of the parts; 4 rows: 21.2 (bitsandbytes 41, 131). 3 programs: 19; 8 warps: 18.6 and
-    # more; whole groups of 16 rows, columns split: 20.5.
+    # benchmarks.few_rows. 1 row: 18.2, of which 1.4 are the sum of the parts; 4 rows: 21.2 (bitsandbytes 41, 131).
     (4, 40_000_000, Tile("few rows", 4, 4, split=False, parts=4, registers=128, early=True)),
     # query_key_value: 7.0, 4 rows 9.0; in whole groups, 4 programs: 9.9, 11.3.
     (4, 0, Tile("few rows", 3, 4, parts=4, registers=168, early=True)),
