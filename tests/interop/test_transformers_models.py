@@ -448,8 +448,10 @@ def test_our_loop_trains_it(name):
     adapt(model, name)
     optimizer = qlite.PagedAdamW8bit(qlite.lora_parameters(model), lr=5e-2, weight_decay=0.0)
     batches = [collate(ROWS[:2]), collate(ROWS[2:])]
+    model.gradient_checkpointing_enable()
     result = qlite.finetune(model, batches, optimizer, steps=6, accumulate=2, progress=False)
     assert result.losses[-1] < result.losses[0] - 0.3 and result.skipped == 0 and not model.training
+    assert result.facts["gradient_checkpointing"] is True
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
