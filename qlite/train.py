@@ -258,8 +258,10 @@ def _facts(model: nn.Module, run: saved_run.Run, settings: dict[str, Any], losse
             **{key: group[key] for key in shown if key in group},
         },
         **{key: settings[key] for key in ("steps", "accumulate", "schedule", "warmup", "max_grad_norm", "seed", "cuda_graphs")},
-        # The second is transformers' name for it.
-        "gradient_checkpointing": getattr(model, "gradient_checkpointing", getattr(model, "is_gradient_checkpointing", False)),
+        # Falcon has one for all its blocks, a model of transformers one in each of them.
+        "gradient_checkpointing": next(
+            (v for m in model.modules() if (v := getattr(m, "gradient_checkpointing", False))), False
+        ),
         "loss": {"first": losses[0], "last": losses[-1]},
     }
     if isinstance(run.batches, FAQBatches):
