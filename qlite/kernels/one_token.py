@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from qlite.kernels import tiles
-from qlite.kernels.few_rows import round_to
+from qlite.kernels.steps import round_to
+from qlite.one_token import FEW_ROWS
 
-#: Query heads that a program attends with, keys that it reads at a time (in float32, as without tensor cores, more registers),
-#: and columns that one applies GELU to.
-HEADS, KEYS, WIDE_KEYS, COLUMNS = 16, 256, 64, 2048
+#: Query heads that a program attends with, keys that it reads at a time (fewer where they would take too many registers: in
+#: float32, without tensor cores, and where several programs must fit a multiprocessor), columns that one applies GELU to.
+HEADS, KEYS, FEWER_KEYS, COLUMNS = 16, 256, 64, 2048
 
 
 @triton.jit
@@ -76,26 +77,44 @@ def _head(fused, at, cos, sin, there, strides, PARTS: tl.constexpr, MORE: tl.con
 
 
 @triton.jit
+def _kept_tokens(begin, place, kept, keys_ptr, values_ptr, visible_ptr, KEYS: tl.constexpr, SIZE: tl.constexpr):
+    """Reads KEYS tokens of the cache before `place`, from `begin` on: both halves of keys and values, and which may be seen."""
+    token = begin + tl.arange(0, KEYS)
+    there = token < place
+    at = kept + token[:, None] * SIZE + tl.arange(0, SIZE // 2)[None, :]
+    keys0 = tl.load(keys_ptr + at, mask=there[:, None], other=0.0)
+    keys1 = tl.load(keys_ptr + at + SIZE // 2, mask=there[:, None], other=0.0)
+    values0 = tl.load(values_ptr + at, mask=there[:, None], other=0.0)
+    values1 = tl.load(values_ptr + at + SIZE // 2, mask=there[:, None], other=0.0)
+    return keys0, keys1, values0, values1, tl.load(visible_ptr + token, mask=there, other=0) != 0
+
+
+@triton.jit
 def _attend(
     fused, strides, cos_ptr, sin_ptr, keys_ptr, values_ptr, at_ptr, visible_ptr, attended_ptr, row, chunk, chunks, kv_heads,
     group, length, cos_stride, scale,
     PARTS: tl.constexpr, MORE: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = attended_ptr.dtype.element_ty
     HALF: tl.constexpr = SIZE // 2
     kv, part = chunk // chunks, chunk % chunks
+    kept = (row * kv_heads + kv) * length * SIZE
     half = tl.arange(0, HALF)[None, :]
+    place = tl.load(at_ptr)
     cos = tl.load(cos_ptr + row * cos_stride + half).to(tl.float32)
     sin = tl.load(sin_ptr + row * cos_stride + half).to(tl.float32)
+    visible_ptr += row * length
+    keys = _kept_tokens(place * 0, place, kept, keys_ptr, values_ptr, visible_ptr, KEYS, SIZE)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     head = part * HEADS + tl.arange(0, HEADS)[:, None]
     first = kv * (group + 2) * SIZE
     all_of = half >= 0
     q0, q1 = _head(fused, first + head * SIZE + half, cos, sin, head < group, strides, PARTS, MORE, SIZE, dtype, PLAIN)
     k0, k1 = _head(fused, first + group * SIZE + half, cos, sin, all_of, strides, PARTS, MORE, SIZE, dtype, PLAIN)
     v0, v1 = _head(fused, first + (group + 1) * SIZE + half, None, None, all_of, strides, PARTS, MORE, SIZE, dtype, PLAIN)
-    place = tl.load(at_ptr)
     mine = half + part * HALF < HALF
-    kept = (row * kv_heads + kv) * length * SIZE
     new = kept + place * SIZE + half
     # The new token's key and value: one program keeps them for the next tokens, every one has them at hand.
     tl.store(keys_ptr + new, round_to(k0, dtype, PLAIN), mask=mine)
@@ -107,32 +126,26 @@ def _attend(
     sum0, sum1 = tl.broadcast_to(v0, [HEADS, HALF]), tl.broadcast_to(v1, [HEADS, HALF])
     if not PLAIN:
         q0, q1 = q0.to(dtype), q1.to(dtype)
-    key, column = tl.arange(0, KEYS), tl.arange(0, HALF)
     begin = place * 0
     while begin < place:
-        token = begin + key
-        seen = (token < place) & (tl.load(visible_ptr + row * length + token, mask=token < length, other=0) != 0)
-        at = kept + token[:, None] * SIZE + column[None, :]
-        keys0 = tl.trans(tl.load(keys_ptr + at, mask=seen[:, None], other=0.0))
-        keys1 = tl.trans(tl.load(keys_ptr + at + HALF, mask=seen[:, None], other=0.0))
-        values0 = tl.load(values_ptr + at, mask=seen[:, None], other=0.0)
-        values1 = tl.load(values_ptr + at + HALF, mask=seen[:, None], other=0.0)
+        keys0, keys1, values0, values1, seen = keys
+        begin += KEYS
+        keys = _kept_tokens(begin, place, kept, keys_ptr, values_ptr, visible_ptr, KEYS, SIZE)
+        values0, values1 = tl.where(seen[:, None], values0, 0.0), tl.where(seen[:, None], values1, 0.0)
         if PLAIN:
             keys0, keys1 = keys0.to(tl.float32), keys1.to(tl.float32)
-        score = tl.dot(q0, keys0, input_precision="ieee") + tl.dot(q1, keys1, input_precision="ieee")
+            values0, values1 = values0.to(tl.float32), values1.to(tl.float32)
+        score = tl.dot(q0, tl.trans(keys0), input_precision="ieee") + tl.dot(q1, tl.trans(keys1), input_precision="ieee")
         score = tl.where(seen[None, :], score * scale, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
         share = tl.exp(score - higher[:, None])
         fade = tl.exp(top - higher)
         weight = weight * fade + tl.sum(share, axis=1)
-        if PLAIN:
-            values0, values1 = values0.to(tl.float32), values1.to(tl.float32)
-        else:
+        if not PLAIN:
             share = share.to(dtype)
         sum0 = sum0 * fade[:, None] + tl.dot(share, values0, input_precision="ieee")
         sum1 = sum1 * fade[:, None] + tl.dot(share, values1, input_precision="ieee")
         top = higher
-        begin += KEYS
     out = attended_ptr + (row * kv_heads + kv) * group * SIZE + head * SIZE + half
     tl.store(out, round_to(sum0 / weight[:, None], dtype, PLAIN), mask=head < group)
     tl.store(out + HALF, round_to(sum1 / weight[:, None], dtype, PLAIN), mask=head < group)
@@ -148,7 +161,6 @@ def _between_kernel(
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     program, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     attending = chunks * kv_heads
     if program < attending:
@@ -156,8 +168,11 @@ def _between_kernel(
         _attend(
             (fused_ptr, more_fused_ptr), strides, cos_ptr, sin_ptr, keys_ptr, values_ptr, at_ptr, visible_ptr, attended_ptr,
             row, program, chunks, kv_heads, group, length, cos_stride, scale, FUSED, MORE_FUSED, SIZE, HEADS, KEYS, PLAIN,
+            EARLY,
         )  # fmt: skip
     else:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
         column = (program - attending) * COLUMNS + tl.arange(0, COLUMNS)
         there = column < ffn
         up_at, more_at = row * up_row + column, row * more_up_row + column
@@ -198,7 +213,10 @@ def add_norm(x: Tensor, parts: list[Tensor], weight: Tensor, bias: Tensor, eps: 
 def between(
     fused: list[Tensor], up: list[Tensor], cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor, visible: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns what was attended and the activations; as one_token.between. All contiguous in the last dimension."""
+    """Returns what was attended and the activations; as one_token.between. All contiguous in the last dimension.
+
+    What an ordinary launch has written since (tiles.early) is read early: cos, sin, at, visible, and the cache before `at`.
+    """
     batch, kv_heads, length, size = keys.shape
     heads = fused[0].shape[2] // size - 2 * kv_heads
     ffn, group = up[0].shape[2], heads // kv_heads
@@ -206,12 +224,13 @@ def between(
     plain, early, options = _early(keys)
     of_fused, of_up = _parts(fused), _parts(up)
     chunks = triton.cdiv(group, HEADS)
+    fewer = plain or keys.dtype == torch.float32 or batch > FEW_ROWS
     if batch:
         _between_kernel[(chunks * kv_heads + triton.cdiv(ffn, COLUMNS), batch)](
             *of_fused[0], *of_up[0], cos, sin, keys, values, at, visible.view(torch.int8), attended, activated,
             *of_fused[1], *of_up[1], chunks, kv_heads, group, length, 0 if cos.shape[0] == 1 else size // 2, ffn, size**-0.5,
             FUSED=of_fused[2][0], MORE_FUSED=of_fused[2][1], UP=of_up[2][0], MORE_UP=of_up[2][1], SIZE=size, HEADS=HEADS,
-            KEYS=WIDE_KEYS if plain or keys.dtype == torch.float32 else KEYS, COLUMNS=COLUMNS, PLAIN=plain, EARLY=early,
+            KEYS=FEWER_KEYS if fewer else KEYS, COLUMNS=COLUMNS, PLAIN=plain, EARLY=early,
             num_warps=8, num_stages=1, enable_fp_fusion=False, **options,
         )  # fmt: skip
     return attended, activated

@@ -1,4 +1,4 @@
-"""Fragments of PTX that few_rows.py and small_batch.py inline: what Triton cannot say of 4 bits. NVIDIA, capability 8.0 on.
+"""Fragments of PTX that the kernels of 4 bits inline: what Triton cannot say of them. NVIDIA, capability 8.0 on.
 
 A byte holds the codes of two neighbouring weights. `table` puts the decoded pair of each of the 256 bytes in shared memory,
 32 copies of it, one for each bank, so that 32 threads look up 32 bytes without waiting for each other; `pairs` and
@@ -7,7 +7,8 @@ thread's copy). Each look-up yields what a tensor core takes: two 16-bit weights
 
 `product` and the sums work on Triton tensors of shape (8 * warps, 16), of which a thread holds four neighbours of a row:
 threads 4 g to 4 g + 3 of a warp hold row g. That is the arrangement of the operands of mma.sync (PTX ISA, "Matrix fragments
-for mma.m16n8k16"), and how Triton lays out a tensor that is read 16 bytes at a time.
+for mma.m16n8k16"), and how Triton lays out a tensor that is read 16 bytes at a time. `product_of_sixteen` works on tensors of
+(8 * warps, 8), of which a thread holds two neighbours of a row.
 
 Not done here: anything that Triton's interpreter could run; those files have the same in plain Triton beside each.
 """
@@ -154,6 +155,30 @@ def product(dtype: torch.dtype) -> str:
 
 
 @functools.cache
+def product_of_sixteen(dtype: torch.dtype) -> str:
+    """Sixteen rows of weights by sixteen of x, over the 64 columns of a block, which four threads hold 16 each; scaled, added.
+
+    $0 to $7: the sums $32 to $39 plus the scaled product: rows g by two of x's rows 0 to 7, g + 8 by those, then the same for
+    its rows 8 to 15. $8 to $15: pairs of bytes 0, 0, 1, 1, 2, 2, 3, 3 of the two words of row g, $16 to $23: of row g + 8. $24
+    to $31: x, four columns each: of its row g the columns of the first word, then of the second; then of its row g + 8. $40
+    and $42: the scale of row g, and of row g + 8.
+    """
+    kind = _kind(dtype)
+    shape = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
+    lines = []
+    for word in range(2):
+        for half in range(2):
+            a = [f"${first + 2 * (2 * half + step) + word}" for step in range(2) for first in (8, 16)]
+            for eight in range(2):
+                out = "{" + ", ".join(f"${4 * eight + i}" for i in range(4)) + "}"
+                old = out if word or half else "{zero, zero, zero, zero}"
+                lines.append(f"mov.b64 {{low, high}}, ${24 + 4 * eight + 2 * word + half};")
+                lines.append(f"{shape} {out}, {{{', '.join(a)}}}, {{low, high}}, {old};")
+    lines += [f"fma.rn.f32 ${i}, ${i}, ${40 if i % 4 < 2 else 42}, ${32 + i};" for i in range(8)]
+    return "{ .reg .f32 zero; .reg .b32 low, high; mov.f32 zero, 0f00000000;\n" + "\n".join(lines) + "\n}"
+
+
+@functools.cache
 def raw_scales(double_quant: bool) -> str:
     """Reads what this thread's two scales are made of: $0, $1 absmax, $2, $3 their groups' scales (as bits).
 
@@ -168,6 +193,14 @@ def raw_scales(double_quant: bool) -> str:
     return "{ .reg .u64 p; .reg .u32 i; .reg .u16 h;\n" + parts + "}"
 
 
+def _own_scales(double_quant: bool, absmax: int) -> str:
+    """low, high: this thread's two scales of what raw_scales gave, from operand `absmax` on; then levels, and offset."""
+    if not double_quant:
+        return f"mov.b32 low, ${absmax}; mov.b32 high, ${absmax + 1};\n"
+    row = "mad.lo.u32 a, ${0}, 4, ${2}; ld.shared.f32 f, [a]; mov.b32 g, ${1}; fma.rn.f32 {4}, f, g, ${3};\n"
+    return "".join(row.format(absmax + i, absmax + 2 + i, absmax + 4, absmax + 5, ("low", "high")[i]) for i in range(2))
+
+
 @functools.cache
 def scales(double_quant: bool) -> str:
     """$0, $1: the scales of rows g and g + 8 in a step's first chunk, $2, $3: in its second.
@@ -175,12 +208,23 @@ def scales(double_quant: bool) -> str:
     Thread 4 g + j has read block j of four for rows g and g + 8 ($4 to $7, of raw_scales; $8: table of levels, $9: offset). Of
     the product it holds columns of the first block of a chunk where j < 2, else of the second: the scale of another thread.
     """
-    row = "mad.lo.u32 a, ${0}, 4, $8; ld.shared.f32 f, [a]; mov.b32 g, ${1}; fma.rn.f32 {2}, f, g, $9;\n"
-    own = row.format(4, 6, "low") + row.format(5, 7, "high") if double_quant else "mov.b32 low, $4; mov.b32 high, $5;\n"
     source = "mov.u32 a, %laneid; and.b32 s, a, 28; bfe.u32 a, a, 1, 1; or.b32 s, s, a; or.b32 a, s, 2;\n"
     get = "shfl.sync.idx.b32 ${}, {}, {}, 31, 0xffffffff;\n"
     got = "".join(get.format(i, ("low", "high")[i % 2], "ssaa"[i]) for i in range(4))
-    return "{ .reg .u32 a, s; .reg .f32 f, g, low, high;\n" + own + source + got + "}"
+    return "{ .reg .u32 a, s; .reg .f32 f, g, low, high;\n" + _own_scales(double_quant, 4) + source + got + "}"
+
+
+@functools.cache
+def scales_of_sixteens(double_quant: bool) -> str:
+    """$0 to $3: the scales of rows g and g + 8 in a step's first block and in its second, $4 to $7: of the next sixteen rows.
+
+    Thread 4 g + j has read block j % 2 for row g, or g + 8 where j is 2 or 3, and for the row 16 behind it ($8 to $11, of
+    raw_scales; $12: table of levels, $13: offset).
+    """
+    source = "mov.u32 a, %laneid; and.b32 s, a, 28;\n"
+    get = "or.b32 a, s, {}; shfl.sync.idx.b32 ${}, {}, a, 31, 0xffffffff;\n"
+    got = "".join(get.format((0, 2, 1, 3)[i % 4], i, ("low", "high")[i // 4]) for i in range(8))
+    return "{ .reg .u32 a, s; .reg .f32 f, g, low, high;\n" + _own_scales(double_quant, 8) + source + got + "}"
 
 
 #: $0 to $3: $4 to $7 summed over threads t and t + 2, which hold the two halves of a chunk.

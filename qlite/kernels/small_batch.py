@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qlite.kernels import ptx
-from qlite.kernels.few_rows import arguments, pairs_of, round_to
+from qlite.kernels.few_rows import arguments
+from qlite.kernels.steps import pairs_of, round_to
 from qlite.kernels.tiles import Tile
 
 

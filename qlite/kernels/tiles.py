@@ -20,11 +20,12 @@ class Tile:
     Attributes:
         method: "few rows" or "small batch".
         programs: in the launch, at most. warps: of a program.
-        tile_n, tile_m: rows of the weight and of x that a program multiplies at a time. stages: of its pipeline.
+        tile_n: rows of the weight that a program multiplies at a time (small batch). stages: of its pipeline.
+        tile_m: rows of x that it multiplies at a time; of few rows 4 or 16.
         two: blocks of 64 columns a step are two. scaled: weights are scaled before the product, and rounded once.
         sort: the columns of x are put in the tensor core's order first, so that they can be read 16 bytes at a time.
         width: neighbouring columns of a thread in Triton's operand: 2 on capability 9.0, 4 before.
-        split: the warps of a program share the columns of 16 rows of the weight, instead of having 16 rows each. parts: in
+        split: the warps of a program share the columns of 16 rows of the weight, instead of having rows each. parts: in
             which results are left, more than there are programs that share a group of rows; 1: whole groups are dealt out.
             registers: of a thread, at most. early: the launch begins while the one before it ends (few rows).
     """
@@ -73,6 +74,7 @@ _INTERPRETED = [
     (1, 0, Tile("few rows", 3, 4, split=False, parts=4)),
     (2, 0, Tile("few rows", 5, 4, parts=3)),
     _FEW,
+    (8, 0, Tile("few rows", 3, 4, tile_m=16, split=False, parts=5)),
     (16, 0, Tile("small batch", 3, 4, 64, 16)),
     (32, 0, Tile("small batch", 2, 4, 64, 16, two=False, width=4)),
     (64, 0, Tile("small batch", 2, 4, 64, 32, scaled=True, sort=True)),
@@ -125,7 +127,7 @@ def linear_nf4(rows: int, shape: tuple[int, int], block_size: int, dtype: torch.
         if rows <= most and shape[0] * shape[1] >= least:
             tile = dataclasses.replace(tile, programs=tile.programs * multiprocessors)
             # Groups of 16 rows instead of 64, where the others would not keep all programs busy.
-            few = tile.parts > 1 and -(-shape[0] // (16 * tile.warps)) * (tile.parts - 2) < tile.programs
+            few = tile.parts > 1 and tile.tile_m == 4 and -(-shape[0] // (16 * tile.warps)) * (tile.parts - 2) < tile.programs
             return dataclasses.replace(tile, split=True) if few else tile
     return None
 
@@ -135,6 +137,7 @@ def early(device: torch.device) -> bool:
 
     A kernel that is launched so, and lets the next begin early, writes activations alone, and only after its own wait. Before
     that wait it reads what such kernels never write: codes, scales, levels, the weights of norms. What writes those (encoding,
-    optimizers, copies) lets nothing begin early, so it is complete before any kernel behind it begins.
+    optimizers, copies) lets nothing begin early, so it is complete before any kernel behind it begins. The cache of earlier
+    tokens is read early too: it was written so, but before the look-up of the new token's embedding, an ordinary launch.
     """
     return _properties(device)[0] >= (9, 0)

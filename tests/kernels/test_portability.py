@@ -33,7 +33,7 @@ pytest.importorskip("triton", reason="Triton is not built for this platform")
 import torch
 
 from qlite.kernels import few_rows as kernel_of_few_rows
-from qlite.kernels import linear_int8, nf4_search, ptx, tiles
+from qlite.kernels import linear_int8, nf4_search, one_token, ptx, sixteen_rows, tiles
 from qlite.nf4 import SHARES
 from tests.kernels import aot
 from tests.kernels.aot import CAPABILITIES, Build
@@ -142,13 +142,17 @@ def linear_nf4(module, kernel, tile, signature, constants, dtype, double_quant, 
 
 def few_rows(dtype=torch.bfloat16, double_quant=True, bias=False, plain=False, mode="SINGLE", tile=None, early=False, **rest):
     tile = tile or tiles.table((9, 0))[0][2]
+    sixteen = tile.tile_m == sixteen_rows.ROWS
+    tall = sixteen_rows.TALL * tile.warps if sixteen else 16 if tile.split else 16 * tile.warps
     assembly = {
         "TABLE": ptx.table(tile.warps, dtype, double_quant, exchange=tile.split), "PAIRS": ptx.pairs(),
-        "PRODUCT": ptx.product(dtype), "RAW": ptx.raw_scales(double_quant), "SCALES": ptx.scales(double_quant),
+        "PRODUCT": ptx.product_of_sixteen(dtype) if sixteen else ptx.product(dtype), "RAW": ptx.raw_scales(double_quant),
+        "SCALES": ptx.scales_of_sixteens(double_quant) if sixteen else ptx.scales(double_quant),
         "SUM": ptx.sum_of_warps(tile.warps) if tile.split else ptx.SUM_OF_HALVES, "FENCE": ptx.FENCE,
     }  # fmt: skip
     constants = {
-        "MODE": getattr(kernel_of_few_rows, mode).value, "SPLIT": tile.split, "PARTS": tile.parts, "PLAIN": plain,
+        "MODE": getattr(kernel_of_few_rows, mode).value, "SPLIT": tile.split, "TALL": tall, "TILE_M": tile.tile_m,
+        "CHUNKS": 1 if sixteen else 2 * tile.warps if tile.split else 2, "PARTS": tile.parts, "PLAIN": plain,
         "EARLY": early, "SUM_AT": ptx.PAIRS + ptx.LEVELS, **(dict.fromkeys(assembly, "") if plain else assembly),
     }  # fmt: skip
     if not plain:
@@ -158,7 +162,8 @@ def few_rows(dtype=torch.bfloat16, double_quant=True, bias=False, plain=False, m
     both = [name + number for name in ("x_row", "rows", "blocks", "absmax") for number in "01"]
     integers = dict.fromkeys(("rows", *both, "groups0", "steps0", "steps", "total_steps"), "i32")
     signature = {
-        "x_ptr": kind if plain else "*i32", "codes_ptr": "*i32", "absmax_ptr": "*u8" if double_quant else "*fp32",
+        "x_ptr": kind if plain else "*i64" if sixteen else "*i32", "codes_ptr": "*i32",
+        "absmax_ptr": "*u8" if double_quant else "*fp32",
         **dict.fromkeys(("scale_ptr", "offset_ptr", "offset1_ptr", "dynamic_ptr", "levels_ptr", "bias_ptr"), "*fp32"),
         "y_ptr": kind if tile.parts == 1 else "*fp32", **deltas, **integers,
     }  # fmt: skip
@@ -175,7 +180,7 @@ def few_rows(dtype=torch.bfloat16, double_quant=True, bias=False, plain=False, m
     options = {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": True}
     registers = rest.pop("registers", None)
     options |= {"maxnreg": registers} if registers else {}
-    # A step of 16 rows by 256 columns a warp, two a turn of the loop.
+    # A step of 16 rows by 256 columns a warp, or 32 by 128, two a turn of the loop.
     rest = {"loop": True, "per_thread": 256, **rest}
     aligned = tuple(key for key in aligned if key not in constants)
     return Variant("few_rows", "_few_rows_kernel", signature, constants, aligned, options, **rest)
@@ -247,7 +252,8 @@ def between_products(capabilities=CAPABILITIES, dtype="*bf16", **constants):
     integers = dict.fromkeys((*names, "chunks", "kv_heads", "group", "length", "cos_stride", "ffn"), "i32")
     signature = {**pointers, "at_ptr": "*i64", "visible_ptr": "*i8", **integers, "scale": "fp32"}
     constants = {
-        "FUSED": 4, "MORE_FUSED": 1, "UP": 4, "MORE_UP": 0, "SIZE": 64, "HEADS": 16, "KEYS": 256, "COLUMNS": 2048,
+        "FUSED": 4, "MORE_FUSED": 1, "UP": 4, "MORE_UP": 0, "SIZE": 64, "HEADS": one_token.HEADS, "KEYS": one_token.KEYS,
+        "COLUMNS": one_token.COLUMNS,
         "PLAIN": False, "EARLY": False, **constants,
     }  # fmt: skip
     options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
@@ -302,6 +308,7 @@ TENSOR_CORES = tuple(capability for capability in CAPABILITIES if capability >= 
 #: the rows a tile it takes a tenth longer.
 BUDGETS = {16: 3.2, 32: 3.8, 64: 5.4, 128: 6.1, 256: 8.6}
 HOPPER, AMPERE = ({most: tile for most, _, tile in tiles.table(of) if tile.method == "small batch"} for of in ((9, 0), (8, 6)))
+SIXTEEN = tiles.Tile("few rows", 3, 4, tile_m=16, split=False, parts=5, registers=168)
 STACKED, SUMMED = (tiles.two_products(how, torch.device("cpu")) for how in ("stacked", "summed"))
 VARIANTS = {
     "dequantize": dequantize(budget=9.2),
@@ -339,6 +346,7 @@ VARIANTS = {
     ),
     "few rows": few_rows(capabilities=TENSOR_CORES, budget=3.1),
     "few rows, whole groups": few_rows(tile=tiles.table((8, 0))[0][2], capabilities=TENSOR_CORES),
+    "few rows, sixteen": few_rows(tile=SIXTEEN, capabilities=TENSOR_CORES),
     "few rows, early": few_rows(early=True, capabilities=(90,)),
     "few rows, columns split": few_rows(tile=dataclasses.replace(tiles.table((9, 0))[0][2], split=True), capabilities=(90,)),
     "few rows of two weights, stacked": few_rows(mode="STACKED", tile=STACKED, capabilities=TENSOR_CORES, budget=3.3),
@@ -413,8 +421,9 @@ VARIANTS = {
     "sums and LayerNorm of one token": one_token_sums(),
     "sums and LayerNorm of one token, early": one_token_sums(EARLY=True, capabilities=(90,)),
     "attention and GELU of one token": between_products(TENSOR_CORES),
-    "attention and GELU of one token, without tensor cores": between_products((75,), PLAIN=True, KEYS=64),
-    "attention and GELU of one token, float32": between_products(TENSOR_CORES, dtype="*fp32", KEYS=64),
+    "attention and GELU of one token, without tensor cores": between_products((75,), PLAIN=True, KEYS=one_token.FEWER_KEYS),
+    "attention and GELU of one token, float32": between_products(TENSOR_CORES, dtype="*fp32", KEYS=one_token.FEWER_KEYS),
+    "attention and GELU of one token, many rows": between_products(TENSOR_CORES, KEYS=one_token.FEWER_KEYS),
     "attention and GELU of one token, early": between_products(EARLY=True, capabilities=(90,)),
     "int8, one row": int8_one_row(),
     "int8, one row of any length": int8_one_row(False),
