@@ -111,14 +111,38 @@ def _store_tile(total, n, m, mask, out_features, y_ptr, bias_ptr, BIAS: tl.const
 
 
 @triton.jit
+def _column(place, WIDTH: tl.constexpr):
+    """Returns which of a block's 64 columns has a place in the tensor core's order."""
+    if WIDTH == 2:
+        return ((place // 2) % 4) * 16 + (place // 16) * 4 + ((place // 8) % 2) * 2 + place % 2
+    return ((place // 4) % 4) * 16 + (place // 16) * 4 + place % 4
+
+
+@triton.jit
+def _sort_kernel(
+    x_ptr, sorted_ptr, counters_ptr, count, counters, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
+    """Puts the columns of x in the tensor core's order, and zeros in the counters."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x_ptr + place // 64 * 64 + _column(place % 64, WIDTH), mask=place < count, other=0.0)
+    tl.store(sorted_ptr + place, value, mask=place < count)
+    tl.store(counters_ptr + place, tl.zeros([BLOCK], tl.int32), mask=place < counters)
+
+
+@triton.jit
 def _small_batch_kernel(
     x_ptr, codes_ptr, absmax_ptr, scale_ptr, offset_ptr, dynamic_ptr, levels_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr,
     rows, out_features, in_features, blocks, absmax_a_row, steps, tiles_m, total_steps,
     TILE_N: tl.constexpr, TILE_M: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, TWO: tl.constexpr,
     WIDTH: tl.constexpr, SORTED: tl.constexpr, RATIO: tl.constexpr, DOUBLE_QUANT: tl.constexpr, BIAS: tl.constexpr,
     PLAIN: tl.constexpr, SCALED: tl.constexpr, TABLE: tl.constexpr, LOOK: tl.constexpr, LEVEL: tl.constexpr,
-    LANE_MASK: tl.constexpr, LANE_BYTES: tl.constexpr, LEVELS_AT: tl.constexpr,
+    LANE_MASK: tl.constexpr, LANE_BYTES: tl.constexpr, LEVELS_AT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -127,12 +151,7 @@ def _small_batch_kernel(
     order = (r // (16 * WARPS)) * (16 * WARPS) + ((r // 8) % WARPS) * 16 + ((r // (8 * WARPS)) % 2) * 8 + r % 8
     word = tl.arange(0, 16 if TWO else 8)
     place = tl.arange(0, 64)
-    if SORTED:
-        column = place
-    elif WIDTH == 2:
-        column = ((place // 2) % 4) * 16 + (place // 16) * 4 + ((place // 8) % 2) * 2 + place % 2
-    else:
-        column = ((place // 4) % 4) * 16 + (place // 16) * 4 + place % 4
+    column = place if SORTED else _column(place, WIDTH)
     offset = 0.0
     if DOUBLE_QUANT:
         offset = tl.load(offset_ptr)
@@ -144,6 +163,8 @@ def _small_batch_kernel(
         dynamic = table - (lane & LANE_MASK) * LANE_BYTES + LEVELS_AT
     start = (program.to(tl.int64) * total_steps // programs).to(tl.int32)
     stop = ((program + 1).to(tl.int64) * total_steps // programs).to(tl.int32)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()  # what comes before has written x, and read what is written here
     while start < stop:
         tile = start // steps
         begin = start - tile * steps
@@ -222,23 +243,27 @@ def multiply(x: Tensor, coded, bias: Tensor | None, block_size: int, tile: Tile)
         look = ptx.scaled_pairs(x.dtype) if tile.scaled else ptx.pairs()
         table = ptx.table(warps, x.dtype, constants["DOUBLE_QUANT"], wide=tile.scaled)
         assembly = {"TABLE": table, "LOOK": look, "LEVEL": ptx.level_of_absmax()}
-    if tile.sort:
-        # thread, word of two, byte's bit 1, byte's bit 0, nibble -> the order in which _operand puts columns
-        order = (0, 1, 3, 4, 5, 2, 6) if tile.width == 2 else (0, 1, 3, 4, 2, 5, 6)
-        x = x.view(rows, -1, 4, 2, 2, 2, 2).permute(order).reshape(rows, in_features)
     blocks = in_features // 64
     steps = triton.cdiv(blocks, 2) if tile.two else blocks
     tiles_m = triton.cdiv(rows, tile.tile_m)
     total_steps = steps * tiles_m * triton.cdiv(out_features, tile.tile_n)
     programs = min(tile.programs, total_steps)
-    counters = torch.zeros(total_steps // steps, dtype=torch.int32, device=device)
+    early, tiles = tile.early and not plain, total_steps // steps
+    options = {"launch_pdl": True} if early else {}
+    if tile.sort:
+        counters, unsorted, x = torch.empty(tiles, dtype=torch.int32, device=device), x, torch.empty_like(x)
+        _sort_kernel[(triton.cdiv(max(x.numel(), tiles), 4096),)](
+            unsorted, x, counters, x.numel(), tiles, WIDTH=tile.width, BLOCK=4096, EARLY=early, num_warps=8, **options
+        )
+    else:
+        counters = torch.zeros(tiles, dtype=torch.int32, device=device)
     parts = torch.empty(2 * programs * tile.tile_n * tile.tile_m, dtype=torch.float32, device=device)
     _small_batch_kernel[(programs,)](
         x, *pointers, y, parts, counters, rows, out_features, in_features,
         blocks, coded[1].shape[1], steps, tiles_m, total_steps,
         TILE_N=tile.tile_n, TILE_M=tile.tile_m, WARPS=warps, STAGES=tile.stages, TWO=tile.two, WIDTH=tile.width,
         SORTED=tile.sort, **constants, SCALED=tile.scaled, **assembly, LANE_MASK=15 if tile.scaled else 31,
-        LANE_BYTES=8 if tile.scaled else 4, LEVELS_AT=ptx.PAIRS, num_warps=warps, num_stages=tile.stages,
-        enable_fp_fusion=True,
+        LANE_BYTES=8 if tile.scaled else 4, LEVELS_AT=ptx.PAIRS, EARLY=early, num_warps=warps,
+        num_stages=tile.stages, enable_fp_fusion=True, **options,
     )  # fmt: skip
     return y

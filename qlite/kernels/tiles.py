@@ -27,7 +27,7 @@ class Tile:
         width: neighbouring columns of a thread in Triton's operand: 2 on capability 9.0, 4 before.
         split: the warps of a program share the columns of 16 rows of the weight, instead of having rows each. parts: in
             which results are left, more than there are programs that share a group of rows; 1: whole groups are dealt out.
-            registers: of a thread, at most. early: the launch begins while the one before it ends (few rows).
+            registers: of a thread, at most. early: the launch begins while the one before it ends.
     """
 
     method: str
@@ -55,13 +55,13 @@ _HOPPER = [
     (4, 40_000_000, Tile("few rows", 4, 4, split=False, parts=4, registers=128, early=True)),
     # query_key_value: 7.0, 4 rows 9.0; in whole groups, 4 programs: 9.9, 11.3.
     (4, 0, Tile("few rows", 3, 4, parts=4, registers=168, early=True)),
-    (16, 0, Tile("small batch", 2, 4, 128, 16, stages=6)),  # 32; 3 programs: 40; tiles of 64: 56; of 256: 33
-    (32, 0, Tile("small batch", 2, 4, 128, 32, stages=4)),  # 38
-    (64, 0, Tile("small batch", 1, 8, 128, 64, stages=3, sort=True)),  # 47; tiles of 256: 51; scaled, 4 warps: 49
+    (16, 0, Tile("small batch", 2, 4, 128, 16, stages=6, early=True)),  # 32; 3 programs: 40; tiles of 64: 56; of 256: 33
+    (32, 0, Tile("small batch", 2, 4, 128, 32, stages=4, early=True)),  # 38
+    (64, 0, Tile("small batch", 1, 8, 128, 64, stages=3, sort=True, early=True)),  # 47; tiles of 256: 51; scaled, 4 warps: 49
     # 67. query_key_value takes 34 by decoding and cuBLAS.
-    (128, 40_000_000, Tile("small batch", 1, 8, 128, 128, stages=3, scaled=True, sort=True)),
+    (128, 40_000_000, Tile("small batch", 1, 8, 128, 128, stages=3, scaled=True, sort=True, early=True)),
     # 107; two blocks a step: 112; tile_m of 128: 121. query_key_value, 4672 x 4544: 49, by decoding and cuBLAS 35.
-    (256, 40_000_000, Tile("small batch", 1, 8, 128, 256, stages=3, two=False, scaled=True, sort=True)),
+    (256, 40_000_000, Tile("small batch", 1, 8, 128, 256, stages=3, two=False, scaled=True, sort=True, early=True)),
 ]
 #: Not measured; no larger tile fits the 99 KiB of shared memory of capability 8.6 and 8.9.
 _AMPERE = [

@@ -193,6 +193,7 @@ def small_batch(tile, dtype=torch.bfloat16, double_quant=True, bias=False, **res
         "TILE_N": tile.tile_n, "TILE_M": tile.tile_m, "STAGES": tile.stages, "TWO": tile.two, "WIDTH": tile.width,
         "SORTED": tile.sort, "SCALED": tile.scaled, "PLAIN": False, "TABLE": table, "LOOK": look,
         "LEVEL": ptx.level_of_absmax(), "LANE_MASK": 15 if tile.scaled else 31, "LANE_BYTES": 8 if tile.scaled else 4,
+        "EARLY": tile.early,
     }  # fmt: skip
     signature = dict.fromkeys(("steps", "tiles_m", "total_steps"), "i32") | {"parts_ptr": "*fp32", "counters_ptr": "*i32"}
     return linear_nf4("small_batch", "_small_batch_kernel", tile, signature, constants, dtype, double_quant, bias, **rest)
@@ -346,7 +347,8 @@ VARIANTS = {
     ),
     "few rows": few_rows(capabilities=TENSOR_CORES, budget=3.1),
     "few rows, whole groups": few_rows(tile=tiles.table((8, 0))[0][2], capabilities=TENSOR_CORES),
-    "few rows, sixteen": few_rows(tile=SIXTEEN, capabilities=TENSOR_CORES),
+    # What the sums' places are made of spills; a step has one or two of them.
+    "few rows, sixteen": few_rows(tile=SIXTEEN, capabilities=TENSOR_CORES, stack=48, budget=4.5),
     "few rows, early": few_rows(early=True, capabilities=(90,)),
     "few rows, columns split": few_rows(tile=dataclasses.replace(tiles.table((9, 0))[0][2], split=True), capabilities=(90,)),
     "few rows of two weights, stacked": few_rows(mode="STACKED", tile=STACKED, capabilities=TENSOR_CORES, budget=3.3),
@@ -360,6 +362,15 @@ VARIANTS = {
     "few rows without tensor cores": few_rows(torch.float16, plain=True, loop=False, capabilities=(75,)),
     "few rows without tensor cores, absmax in float32": few_rows(
         torch.float16, False, True, plain=True, loop=False, capabilities=(75,)
+    ),
+    "order of columns": Variant(
+        "small_batch", "_sort_kernel",
+        {"x_ptr": "*bf16", "sorted_ptr": "*bf16", "counters_ptr": "*i32", "count": "i32", "counters": "i32"},
+        {"WIDTH": 2, "BLOCK": 4096, "EARLY": False}, ("x_ptr", "sorted_ptr", "counters_ptr", "count"), {"num_warps": 8},
+    ),
+    "order of columns for sixteen": Variant(
+        "sixteen_rows", "_pack_kernel", {"x_ptr": "*bf16", "packed_ptr": "*bf16", "rows": "i32", "columns": "i32"},
+        {"BLOCK": 2048, "EARLY": False}, ("x_ptr", "packed_ptr", "columns"), {"num_warps": 8},
     ),
     **{f"{rows} rows on Ampere": small_batch(tile, capabilities=(80, 86, 89)) for rows, tile in AMPERE.items()},
     **{
