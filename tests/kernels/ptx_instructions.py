@@ -14,6 +14,7 @@ Source: NVIDIA, "Parallel Thread Execution ISA", chapter 9; "Matrix fragments fo
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
@@ -22,6 +23,7 @@ LANES = 32
 PREDICATE = "pred"
 
 
+@functools.cache
 def size_of(kind: str) -> int:
     """Returns the bytes of a type: 4 of s32, f32 and bf16x2."""
     if not (found := re.fullmatch(r"(?:[busf]|bf)(\d+)(x2)?", kind)):
@@ -29,6 +31,7 @@ def size_of(kind: str) -> int:
     return int(found[1]) // 8 * (2 if found[2] else 1)
 
 
+@functools.cache
 def container(kind: str) -> np.dtype:
     """Returns what a register of a type is kept as."""
     return np.dtype(bool) if kind == PREDICATE else np.dtype(f"u{size_of(kind)}")
@@ -315,6 +318,11 @@ def _bar(threads, it) -> None:
         raise NotImplementedError
 
 
+def _griddepcontrol(threads, it) -> None:
+    if it.parts[1] == "wait":
+        threads.global_.closed = set()
+
+
 def _createpolicy(threads, it) -> None:
     threads.put(it.operands[0], np.zeros(threads.count, np.uint64), "b64")
 
@@ -323,5 +331,5 @@ TABLE = {
     **dict.fromkeys(_SAME, _same), "shl": _shift, "shr": _shift, "mov": _mov, "setp": _setp, "selp": _selp, "cvt": _cvt,
     "bfe": _bfe, "prmt": _prmt, "lop3": _lop3, "dp4a": _dp4a, "shfl": _shfl, "mma": _mma, "ld": _ld, "st": _st,
     "ldmatrix": _ldmatrix, "stmatrix": _stmatrix, "cp": _cp, "bar": _bar, "createpolicy": _createpolicy,
-    "griddepcontrol": lambda threads, it: None,  # programs run one after the other
+    "griddepcontrol": _griddepcontrol,
 }  # fmt: skip

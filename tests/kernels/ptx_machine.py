@@ -11,7 +11,7 @@ Programs run one after the other, the threads of a program in step: a register i
 
 It is strict where a GPU is not. Errors, with the instruction:
 
-    an address outside the tensors of the launch, or that is no multiple of what is read or written there
+    an address outside the tensors of the launch, or that is no multiple of the bytes that are read or written there
     registers and shared memory that are read before they are written; copies (cp.async) before they are waited for
     two warps at one place in shared memory, one of them writing, without a barrier between
     two threads that store different values to one place; a shuffle, product or barrier that not all threads come to
@@ -27,6 +27,7 @@ import dataclasses
 import functools
 import inspect
 import re
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -160,14 +161,14 @@ class Listing:
 
 
 class Global:
-    """The memory of tensors, at their own addresses."""
+    """The memory of tensors, at their own addresses; what is `late` is `closed` until a program has waited for it."""
 
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        self.parts = {}
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-            self.parts[storage.data_ptr()] = whole.numpy()
+    def __init__(self, tensors: Iterable[torch.Tensor], late: Iterable[torch.Tensor]) -> None:
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        # Of some only a part is the tensor: the rest is as much in reach as it is on a GPU.
+        self.parts = {storage.data_ptr(): torch.empty(0, dtype=torch.uint8).set_(storage).numpy() for storage in storages}
+        self.late = {tensor.untyped_storage().data_ptr() for tensor in late}
+        self.closed: set[int] = set()
 
     def _inside(self, addresses: np.ndarray, size: int):
         """Yields (which of the addresses, bytes of the tensor, offsets of each one's bytes)."""
@@ -178,6 +179,8 @@ class Global:
             offsets = addresses.astype(np.int64) - base
             inside = (offsets >= 0) & (offsets + size <= len(data))
             if inside.any():
+                if base in self.closed:
+                    raise Fault("what the launch before may still write or read is used before griddepcontrol.wait")
                 left -= inside.sum()
                 yield inside, data, offsets[inside, None] + np.arange(size)
         if left:
@@ -371,10 +374,16 @@ def _listing(text: str) -> Listing:
     return Listing(text)
 
 
-def execute(text: str, grid: tuple[int, ...], arguments: list, *, num_warps: int, shared: int = 0) -> None:
-    """Runs the kernel of a PTX text, given tensors and integers (bits, of other numbers) in the order of its parameters."""
+def execute(text: str, grid: tuple[int, ...], arguments: list, *, num_warps: int, shared=0, reachable=(), late=()) -> None:
+    """Runs the kernel of a PTX text.
+
+    Args:
+        arguments: in the order of its parameters: tensors, integers, and of other numbers the bits.
+        shared: bytes of shared memory that the launch adds to what the text declares.
+        reachable: as in `run`. late: tensors that may not be touched before griddepcontrol.wait.
+    """
     listing = _listing(text)
-    memory = Global([argument for argument in arguments if isinstance(argument, torch.Tensor)])
+    memory = Global([*(argument for argument in arguments if isinstance(argument, torch.Tensor)), *reachable], late)
     values = [argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
     values += [0] * (len(listing.parameters) - len(values))  # Triton's own, which these kernels do not use
     parameters = {name: value % 2**64 for name, value in zip(listing.parameters, values, strict=True)}
@@ -383,16 +392,20 @@ def execute(text: str, grid: tuple[int, ...], arguments: list, *, num_warps: int
         for program in np.ndindex(*grid):
             threads = Threads(listing, LANES * num_warps, memory, shared, parameters)
             threads.place(program, grid)
+            memory.closed = memory.late
             try:
                 threads.run()
             except (Fault, NotImplementedError) as error:
                 raise type(error)(f"program {program}: {error}") from error
 
 
-def run(kernel, grid: tuple[int, ...], arguments, constants: dict, *, num_warps: int = 4, capability: int = 90, **options):
+def run(kernel, grid, arguments, constants, *, num_warps=4, capability=90, reachable=(), late=(), **options) -> None:
     """Compiles a kernel as a launch with these arguments would, and runs it: see above.
 
     Args:
+        kernel: what triton.jit returned, in the interpreter too.
+        reachable: tensors beside the arguments that the kernel reaches, as by distances from those.
+        late: parameters whose tensors it may not touch before griddepcontrol.wait.
         options: num_stages, maxnreg, enable_fp_fusion, of the launch.
     """
     parameters = inspect.signature(kernel.fn).parameters
@@ -418,21 +431,26 @@ def run(kernel, grid: tuple[int, ...], arguments, constants: dict, *, num_warps:
     options = {name: value for name, value in options.items() if value is not None} | {"num_warps": num_warps}
     build = aot.Build(kernel.fn.__module__, kernel.fn.__name__, capability, signature, constants, tuple(aligned), options)
     text, shared = aot.ptx(build)
-    execute(text, grid, values, num_warps=num_warps, shared=shared)
+    execute(text, grid, values, num_warps=num_warps, shared=shared, reachable=reachable, late=[given[name] for name in late])
 
 
 class Launcher:
-    """Stands in a kernel's place: `kernel[grid](...)` runs it here."""
+    """Stands in a kernel's place: `kernel[grid](...)` runs it here, with what else is given to `run`.
 
-    def __init__(self, kernel, capability: int = 90) -> None:
-        self.kernel, self.capability = kernel, capability
+    `late` counts only in a launch with `launch_pdl`: without, nothing runs at the same time.
+    """
+
+    def __init__(self, kernel, **given) -> None:
+        self.kernel, self.given = kernel, given
 
     def __getitem__(self, grid: tuple[int, ...]):
         names = inspect.signature(self.kernel.fn).parameters
 
         def launch(*arguments, **keywords):
             constants = {name: value for name, value in keywords.items() if name in names}
-            options = {name: value for name, value in keywords.items() if name not in names and name != "launch_pdl"}
-            run(self.kernel, grid, arguments, constants, capability=self.capability, **options)
+            options = {**self.given, **{name: value for name, value in keywords.items() if name not in names}}
+            if not options.pop("launch_pdl", False):
+                options.pop("late", None)
+            run(self.kernel, grid, arguments, constants, **options)
 
         return launch
