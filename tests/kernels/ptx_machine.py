@@ -383,7 +383,7 @@ def execute(text: str, grid: tuple[int, ...], arguments: list, *, num_warps: int
         reachable: as in `run`. late: tensors that may not be touched before griddepcontrol.wait.
     """
     listing = _listing(text)
-    memory = Global([*(argument for argument in arguments if isinstance(argument, torch.Tensor)), *reachable], late)
+    memory = Global([part for part in (*arguments, *reachable) if isinstance(part, torch.Tensor)], late)
     values = [argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
     values += [0] * (len(listing.parameters) - len(values))  # Triton's own, which these kernels do not use
     parameters = {name: value % 2**64 for name, value in zip(listing.parameters, values, strict=True)}

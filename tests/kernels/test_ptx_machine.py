@@ -264,3 +264,30 @@ def test_few_rows_times_a_weight(name, monkeypatch):
     wanted = wanted if bias is None else wanted + bias.to(case.dtype).double()
     roundoff = torch.finfo(case.dtype).eps / 2
     assert ((y.double() - wanted).abs() <= (1 + roundoff) * off + roundoff * wanted.abs()).all()
+
+
+TWO = {
+    "beside each other, groups of 64": Case(100, 384, 3, split=False, parts=4, programs=7, early=True),
+    "beside each other, groups of 16": Case(40, 704, 4, split=True, parts=3, programs=5, dtype=torch.float16),
+    "beside each other, absmax in float32": Case(72, 320, 2, split=False, parts=5, programs=4, double_quant=False),
+    "added, groups of 64": Case(100, 384, 4, split=False, parts=8, programs=9),
+    "added, groups of 16": Case(40, 1088, 1, split=True, parts=4, programs=7, dtype=torch.float16, early=True),
+    "added, absmax in float32": Case(72, 192, 3, split=True, parts=4, programs=7, double_quant=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_few_rows_times_two_weights(name, monkeypatch):
+    case = TWO[name]
+    stacked = name.startswith("beside")
+    # The second is smaller or larger on the side that may differ.
+    shapes = [(case.out, case.columns), (case.out + 57, case.columns) if stacked else (case.out, case.columns - 128)]
+    qs = [encoded(*shape, case, seed) for seed, shape in enumerate(shapes)]
+    xs = [activations(columns, case, seed) for seed, (_, columns) in enumerate(shapes)][: 1 if stacked else 2]
+    weights = [parts_of(q) for q in qs]
+    on_the_machine(monkeypatch, *weights[1], *xs)
+    parts = few_rows.multiply_two(xs, weights, case.block_size, case.tile())
+    assert parts.shape[0] == case.parts and parts.dtype == torch.float32
+    products = [product(x, q) for x, q in zip(2 * xs if stacked else xs, qs, strict=True)]
+    wanted, off = (torch.cat(both, 1) if stacked else sum(both) for both in zip(*products, strict=True))
+    assert ((parts.double().sum(0) - wanted).abs() <= off).all()
