@@ -83,6 +83,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if x.numel():
         _layer_norm_kernel[(x.numel() // columns,)](
             x, weight, bias, y, columns, eps, BLOCK=triton.next_power_of_2(columns), num_warps=8,
+            enable_fp_fusion=False,  # or a sum across threads, whose first step is x * x + y * y, differs from one to another
             ROUND_BFLOAT16=x.dtype == torch.bfloat16 and not x.is_cuda,
         )  # fmt: skip
     return y
