@@ -130,7 +130,7 @@ class Listing:
             self.shared = -(-self.shared // int(align)) * int(align)
             self._scopes[-1][name] = SHARED_BASE + self.shared
             self.shared += int(size)
-        else:
+        elif words[0] != ".pragma":
             raise NotImplementedError(" ".join(words))
 
     def _statement(self, text: str, scopes: list[str]) -> Statement:

@@ -1,4 +1,8 @@
-"""The PTX of few_rows.py, run on the CPU by ptx_machine.py; and that machine, on small texts whose results are known."""
+"""The PTX of few_rows.py, and what lies between its products, run on the CPU by ptx_machine.py; and that machine itself.
+
+The launches are the library's own. `Launcher`s stand in the kernels' places, and `tiles` says that this is no interpreter.
+Results are held against float64: that kernels do not leave the tensors, and wait where they must, ptx_machine.py sees.
+"""
 
 import dataclasses
 
@@ -8,8 +12,9 @@ pytest.importorskip("triton", reason="Triton is not built for this platform")
 import torch
 
 import qlite
-from qlite.kernels import few_rows, tiles
+from qlite.kernels import few_rows, few_tokens, one_token, tiles
 from qlite.kernels.tiles import Tile
+from tests.kernels import test_few_tokens, test_one_token
 from tests.kernels.ptx_machine import Fault, Launcher, execute
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -206,9 +211,11 @@ class Case:
     bias: bool = False
     block_size: int = 64
     early: bool = False
+    warps: int = 4
+    capability: int = 90
 
-    def tile(self, warps: int = 4) -> Tile:
-        return Tile("few rows", self.programs, warps, split=self.split, parts=self.parts, early=self.early)
+    def tile(self) -> Tile:
+        return Tile("few rows", self.programs, self.warps, split=self.split, parts=self.parts, early=self.early)
 
 
 def encoded(out: int, columns: int, case: Case, seed: int):
@@ -235,12 +242,14 @@ def product(x, q):
     return x.double() @ weight, (x.shape[1] + 4) * 2**-24 * (x.double().abs() @ weight.abs())
 
 
-def on_the_machine(monkeypatch, *reachable: torch.Tensor) -> None:
-    for name, late in (("_few_rows_kernel", ("x_ptr", "y_ptr")), ("_sum_of_parts_kernel", ("parts_ptr", "y_ptr"))):
-        monkeypatch.setattr(few_rows, name, Launcher(getattr(few_rows, name), late=late, reachable=reachable))
+def on_the_machine(monkeypatch, module, kernels: dict, **given) -> None:
+    """Puts kernels of a module on the machine; of each are given the parameters that an early launch has to wait for."""
+    for name, late in kernels.items():
+        monkeypatch.setattr(module, name, Launcher(getattr(module, name), late=late, **given))
     monkeypatch.setattr(tiles, "plain", lambda device: False)
 
 
+FEW_ROWS = {"_few_rows_kernel": ("x_ptr", "y_ptr"), "_sum_of_parts_kernel": ("parts_ptr", "y_ptr")}
 SINGLE = {
     "steps shared by programs, groups of 64": Case(200, 704, 4, split=False, parts=4, programs=5),
     "steps shared by programs, groups of 16": Case(200, 1216, 3, split=True, parts=4, programs=11, early=True),
@@ -250,6 +259,9 @@ SINGLE = {
     "absmax in float32": Case(72, 448, 4, split=True, parts=1, programs=3, double_quant=False, bias=True),
     "blocks of 256": Case(70, 512, 3, split=False, parts=5, programs=4, bias=True, block_size=256),
     "one block": Case(17, 64, 1, split=False, parts=4, programs=7, early=True),
+    "capability 8.0": Case(72, 448, 3, split=True, parts=4, programs=7, capability=80),
+    "eight warps": Case(72, 1344, 2, split=True, parts=4, programs=7, warps=8),
+    "threads that have no entry of the table to fill": Case(300, 192, 4, split=False, parts=4, programs=3, warps=16),
 }
 
 
@@ -258,7 +270,7 @@ def test_few_rows_times_a_weight(name, monkeypatch):
     case = SINGLE[name]
     q, x = encoded(case.out, case.columns, case, 0), activations(case.columns, case, 0)
     bias = torch.randn(case.out) if case.bias else None
-    on_the_machine(monkeypatch)
+    on_the_machine(monkeypatch, few_rows, FEW_ROWS, capability=case.capability)
     y = few_rows.multiply(x, parts_of(q), bias, case.block_size, case.tile())
     wanted, off = product(x, q)
     wanted = wanted if bias is None else wanted + bias.to(case.dtype).double()
@@ -285,9 +297,39 @@ def test_few_rows_times_two_weights(name, monkeypatch):
     qs = [encoded(*shape, case, seed) for seed, shape in enumerate(shapes)]
     xs = [activations(columns, case, seed) for seed, (_, columns) in enumerate(shapes)][: 1 if stacked else 2]
     weights = [parts_of(q) for q in qs]
-    on_the_machine(monkeypatch, *weights[1], *xs)
+    on_the_machine(monkeypatch, few_rows, FEW_ROWS, reachable=[*weights[1], *xs])
     parts = few_rows.multiply_two(xs, weights, case.block_size, case.tile())
     assert parts.shape[0] == case.parts and parts.dtype == torch.float32
     products = [product(x, q) for x, q in zip(2 * xs if stacked else xs, qs, strict=True)]
     wanted, off = (torch.cat(both, 1) if stacked else sum(both) for both in zip(*products, strict=True))
     assert ((parts.double().sum(0) - wanted).abs() <= off).all()
+
+
+# What lies between the products: the tests of the interpreter, each on a few examples.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_sum_and_its_norm(early, dtype, monkeypatch):
+    on_the_machine(monkeypatch, one_token, {"_add_norm_kernel": ("x_ptr", "parts_ptr", "more_ptr", "sum_ptr", "y_ptr")})
+    monkeypatch.setattr(tiles, "early", lambda device: early)
+    test = test_one_token.test_a_sum_and_its_norm_are_those_of_float64.hypothesis.inner_test
+    test(2, 1000, dtype, [10, 2], 3)
+
+
+@pytest.mark.parametrize(("dtype", "group", "length"), [
+    (torch.bfloat16, 17, 150), (torch.float16, 3, 40), (torch.float32, 16, 70),
+])  # fmt: skip
+def test_attention_and_gelu(dtype, group, length, monkeypatch):
+    late = ("fused_ptr", "more_fused_ptr", "up_ptr", "more_up_ptr", "keys_ptr", "values_ptr", "attended_ptr", "activated_ptr")
+    on_the_machine(monkeypatch, one_token, {"_between_kernel": late})
+    monkeypatch.setattr(tiles, "early", lambda device: True)
+    test = test_one_token.test_attention_and_gelu_are_those_of_float64.hypothesis.inner_test
+    test(2, 1, group, 64, length, dtype, [4, 1], 3, True)
+
+
+def test_the_norm_and_the_update_of_a_few_tokens(monkeypatch):
+    on_the_machine(monkeypatch, few_tokens, dict.fromkeys(("_layer_norm_kernel", "_lora_down_kernel", "_lora_up_kernel"), ()))
+    test_few_tokens.test_layer_norm_is_that_of_float64.hypothesis.inner_test(3, 100, torch.float16, 1.0, 0)
+    test = test_few_tokens.test_an_update_is_that_of_float64.hypothesis.inner_test
+    test(rows=3, columns=63, out=100, rank=3, dtype=torch.float16, x_dtype=torch.bfloat16, scaling=0.5)
