@@ -261,6 +261,19 @@ def _st(threads, it) -> None:
     threads.memory(it.parts).store(threads.addresses(address)[who], words[who].view(np.uint8), who)
 
 
+def _atom(threads, it) -> None:
+    target, address, source = it.operands
+    if "add" not in it.parts:
+        raise NotImplementedError
+    memory, size, old = threads.memory(it.parts), size_of(it.kind), threads.get(source, it.kind).copy()
+    for thread in threads.who():  # one after the other, also where they add to one number
+        at, who = threads.addresses(address)[[thread]], threads.index[[thread]]
+        found = decoded(memory.load(at, size, who).view(container(it.kind))[0], it.kind)
+        memory.store(at, encoded(found + old[thread], it.kind)[None].view(np.uint8), who)
+        old[thread] = found[0]
+    threads.put(target, old, it.kind)
+
+
 def _rows_of_matrices(threads, address, count):
     """Returns (addresses, threads that give them) of the rows of each matrix: of the i-th, lanes 8 i to 8 i + 7."""
     threads.together(np.uint32(0xFFFFFFFF))
@@ -329,7 +342,7 @@ def _createpolicy(threads, it) -> None:
 
 TABLE = {
     **dict.fromkeys(_SAME, _same), "shl": _shift, "shr": _shift, "mov": _mov, "setp": _setp, "selp": _selp, "cvt": _cvt,
-    "bfe": _bfe, "prmt": _prmt, "lop3": _lop3, "dp4a": _dp4a, "shfl": _shfl, "mma": _mma, "ld": _ld, "st": _st,
+    "bfe": _bfe, "prmt": _prmt, "lop3": _lop3, "dp4a": _dp4a, "shfl": _shfl, "mma": _mma, "ld": _ld, "st": _st, "atom": _atom,
     "ldmatrix": _ldmatrix, "stmatrix": _stmatrix, "cp": _cp, "bar": _bar, "createpolicy": _createpolicy,
     "griddepcontrol": _griddepcontrol,
 }  # fmt: skip

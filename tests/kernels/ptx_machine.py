@@ -17,8 +17,8 @@ It is strict where a GPU is not. Errors, with the instruction:
     two threads that store different values to one place; a shuffle, product or barrier that not all threads come to
     an instruction that is not in ptx_instructions.py
 
-Not done: atomics, wgmma, mbarriers and tensor maps; barriers of some warps; two programs at one place in memory; races inside
-a warp, between `bar.warp.sync`s; time.
+Not done: atomics but additions, wgmma, mbarriers and tensor maps; barriers of some warps; two programs at one place in memory;
+races inside a warp, between `bar.warp.sync`s; time.
 """
 
 from __future__ import annotations
@@ -308,9 +308,11 @@ class Threads:
         return self.get(address.base, "u64") + np.uint64(address.offset % 2**64)
 
     def memory(self, parts: list[str]) -> Global | Shared:
-        if "global" not in parts and "shared" not in parts:
-            raise NotImplementedError
-        return self.global_ if "global" in parts else self.shared
+        if "global" in parts:
+            return self.global_
+        if "shared" in parts or "shared::cta" in parts:
+            return self.shared
+        raise NotImplementedError
 
     def together(self, members: np.ndarray) -> None:
         """Raises where a lane that is a member does not act with the others of its warp."""

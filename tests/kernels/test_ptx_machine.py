@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not built for this platform")
 import torch
 
 import qlite
-from qlite.kernels import few_rows, few_tokens, one_token, tiles
+from qlite.kernels import few_rows, few_tokens, one_token, small_batch, tiles
 from qlite.kernels.tiles import Tile
 from tests.kernels import test_few_tokens, test_one_token
 from tests.kernels.ptx_machine import Fault, Launcher, execute
@@ -303,6 +303,33 @@ def test_few_rows_times_two_weights(name, monkeypatch):
     products = [product(x, q) for x, q in zip(2 * xs if stacked else xs, qs, strict=True)]
     wanted, off = (torch.cat(both, 1) if stacked else sum(both) for both in zip(*products, strict=True))
     assert ((parts.double().sum(0) - wanted).abs() <= off).all()
+
+
+#: Of capability 8.0: on 9.0 Triton makes wgmma of them.
+SMALL_BATCH = {
+    "tiles shared by programs": (9, Tile("small batch", 5, 4, 64, 16, stages=3, width=4), torch.bfloat16),
+    "one block a step": (20, Tile("small batch", 3, 4, 64, 16, stages=2, two=False, width=4), torch.float16),
+    "scaled before the product": (
+        20,
+        Tile("small batch", 3, 4, 64, 32, stages=2, scaled=True, sort=True, width=4),
+        torch.bfloat16,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_BATCH)
+def test_a_small_batch_times_a_weight(name, monkeypatch):
+    rows, tile, dtype = SMALL_BATCH[name]
+    case = Case(136, 448, rows, split=False, parts=1, programs=1, dtype=dtype)
+    q, x, bias = encoded(case.out, case.columns, case, 0), activations(case.columns, case, 0), torch.randn(case.out)
+    on_the_machine(monkeypatch, small_batch, {"_small_batch_kernel": ()}, capability=80)
+    y = small_batch.multiply(x, parts_of(q), bias, case.block_size, tile)
+    wanted, off = product(x, q)
+    wanted = wanted + bias.to(dtype).double()
+    roundoff = torch.finfo(dtype).eps / 2
+    if tile.scaled:  # a rounding of each weight, of the scaled one instead of the level
+        off = off + 2 * roundoff * (x.double().abs() @ q.dequantize(torch.float32).double().abs().T)
+    assert ((y.double() - wanted).abs() <= (1 + roundoff) * off + roundoff * wanted.abs()).all()
 
 
 # What lies between the products: the tests of the interpreter, each on a few examples.
