@@ -15,6 +15,7 @@ It is strict where a GPU is not. Errors, with the instruction:
     registers and shared memory that are read before they are written; copies (cp.async) before they are waited for
     two warps at one place in shared memory, one of them writing, without a barrier between
     two threads that store different values to one place; a shuffle, product or barrier that not all threads come to
+    a program without an end; parameters that are `late` and touched before `griddepcontrol.wait`
     an instruction that is not in ptx_instructions.py
 
 Not done: atomics but additions, wgmma, mbarriers and tensor maps; barriers of some warps; two programs at one place in memory;
@@ -37,6 +38,8 @@ from tests.kernels.ptx_instructions import LANES, PREDICATE, TABLE, container, d
 
 #: Where shared memory begins: small numbers are addresses of nothing.
 SHARED_BASE = 1024
+#: Of a program; more are taken for a loop without an end.
+MOST_STEPS = 10**6
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
     torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
@@ -331,7 +334,9 @@ class Threads:
     def run(self) -> None:
         """Runs the program to its end."""
         statements, place, places = self.listing.statements, 0, None  # places: of each thread, where they differ
-        while place < len(statements):
+        for _ in range(MOST_STEPS):
+            if place == len(statements):
+                return
             it = statements[place]
             active = self.everyone if places is None else places == place
             following = place + 1
@@ -360,6 +365,7 @@ class Threads:
             if places is not None:
                 place = places.min()
                 places = None if (places == place).all() else places
+        raise Fault("no end")
 
 
 @functools.lru_cache(4096)

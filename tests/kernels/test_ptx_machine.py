@@ -14,7 +14,7 @@ import torch
 import qlite
 from qlite.kernels import few_rows, few_tokens, one_token, small_batch, tiles
 from qlite.kernels.tiles import Tile
-from tests.kernels import test_few_tokens, test_one_token
+from tests.kernels import ptx_machine, test_few_tokens, test_one_token
 from tests.kernels.ptx_machine import Fault, Launcher, execute
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -164,6 +164,7 @@ FAULTS = {
         "not all lanes",
     ),
     "a barrier without some": ("setp.lt.u32 %p0, %t, 32; @%p0 bra out; bar.sync 0; out: mov.b32 %r0, 0;", "not all threads"),
+    "no end": ("again: bra.uni again;", "no end"),
     "a copy that nobody waited for": (
         "cp.async.cg.shared.global [%a], [%i0], 16; cp.async.commit_group; ld.shared.b32 %r0, [%a];",
         "not written",
@@ -172,8 +173,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_a_gpu_lets_pass_is_an_error_here(name):
+def test_what_a_gpu_lets_pass_is_an_error_here(name, monkeypatch):
     body, error = FAULTS[name]
+    monkeypatch.setattr(ptx_machine, "MOST_STEPS", 1000)
     with pytest.raises(Fault, match=error):
         ran(body, torch.zeros(64, 4), warps=2)
 
