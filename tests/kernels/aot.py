@@ -189,10 +189,10 @@ def ptx(build: Build) -> tuple[str, int]:
     compiler = _compiler()
     assert compiler.stdin and compiler.stdout
     print(json.dumps(dataclasses.asdict(build)), file=compiler.stdin, flush=True)
-    text, shared = json.loads(compiler.stdout.readline() or '["", 0]')
-    if not text:
-        raise RuntimeError(f"{build.kernel} does not compile: see the standard error")
-    return text, shared
+    found = json.loads(compiler.stdout.readline())
+    if "error" in found:
+        raise RuntimeError(found["error"])
+    return found["ptx"], found["shared"]
 
 
 def _built(build: Build):
@@ -239,8 +239,12 @@ def main() -> None:
     """Compiles the builds of standard input, as many at a time as there are cores; or one a line, as they come, to PTX."""
     if sys.argv[1:] == ["ptx"]:
         for line in sys.stdin:
-            result = _built(_read(json.loads(line)))
-            print(json.dumps([result.asm["ptx"], result.metadata.shared]), flush=True)
+            try:
+                result = _built(_read(json.loads(line)))
+                answer = {"ptx": result.asm["ptx"], "shared": result.metadata.shared}
+            except Exception as error:
+                answer = {"error": str(error)}
+            print(json.dumps(answer), flush=True)
         return
     builds = [_read(build) for build in json.load(sys.stdin)]
     with multiprocessing.Pool(min(len(builds), os.cpu_count() or 1)) as pool:

@@ -347,7 +347,7 @@ def test_a_sum_and_its_norm(early, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "group", "length"), [
-    (torch.bfloat16, 17, 150), (torch.float16, 3, 40), (torch.float32, 16, 70),
+    (torch.bfloat16, 17, 150), (torch.float32, 16, 70),
 ])  # fmt: skip
 def test_attention_and_gelu(dtype, group, length, monkeypatch):
     late = ("fused_ptr", "more_fused_ptr", "up_ptr", "more_up_ptr", "keys_ptr", "values_ptr", "attended_ptr", "activated_ptr")
