@@ -83,6 +83,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if x.numel():
         _layer_norm_kernel[(x.numel() // columns,)](
             x, weight, bias, y, columns, eps, BLOCK=triton.next_power_of_2(columns), num_warps=8,
+            enable_fp_fusion=False,  # or a sum across threads, whose first step is x * x + y * y, differs between the two
             ROUND_BFLOAT16=x.dtype == torch.bfloat16 and not x.is_cuda,
         )  # fmt: skip
     return y
@@ -111,6 +112,6 @@ def _update(out: Tensor, y: Tensor | None, x: Tensor, a: Tensor, b: Tensor, scal
     _lora_down_kernel[(rank, rows)](x, a, low, in_features, rank, STRIP=STRIP, num_warps=8)
     _lora_up_kernel[(triton.cdiv(out_features, COLUMNS), rows)](
         y, low, b, out, out_features, rank, scaling, COLUMNS=COLUMNS, RANK=triton.next_power_of_2(rank), ADD=y is not None,
-        num_warps=4, ROUND_BFLOAT16=out.dtype == torch.bfloat16 and not out.is_cuda,
+        num_warps=4, enable_fp_fusion=False, ROUND_BFLOAT16=out.dtype == torch.bfloat16 and not out.is_cuda,
     )  # fmt: skip
     return out

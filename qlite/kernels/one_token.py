@@ -205,7 +205,8 @@ def add_norm(x: Tensor, parts: list[Tensor], weight: Tensor, bias: Tensor, eps: 
     if rows:
         _add_norm_kernel[(rows,)](
             x, *pointers, weight, bias, total, normed, columns, stride, row, more_stride, more_row, eps,
-            PARTS=count, MORE=more, BLOCK=triton.next_power_of_2(columns), PLAIN=plain, EARLY=early, num_warps=32, **options,
+            PARTS=count, MORE=more, BLOCK=triton.next_power_of_2(columns), PLAIN=plain, EARLY=early, num_warps=32,
+            enable_fp_fusion=False, **options,  # as in few_tokens.layer_norm
         )  # fmt: skip
     return total, normed
 

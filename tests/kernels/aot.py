@@ -10,13 +10,17 @@ what `triton.jit` makes there cannot be compiled.
     code.spills          whether registers spill to memory
     count(instructions)  how many of each opcode, without its suffixes
 
+`ptx` gives a build's PTX, for ptx_machine.py to run.
+
 `python -m tests.kernels.aot` reads a list of builds from standard input, as JSON, and writes the codes.
 """
 
 from __future__ import annotations
 
+import atexit
 import collections
 import dataclasses
+import functools
 import heapq
 import importlib
 import json
@@ -151,23 +155,48 @@ def count(lines: list[str]) -> collections.Counter[str]:
     return collections.Counter(map(opcode, lines))
 
 
-def compiled(builds: list[Build]) -> list[Code]:
-    """Returns the code of each build, in order."""
+def _environment() -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return environment
+
+
+def compiled(builds: list[Build]) -> list[Code]:
+    """Returns the code of each build, in order."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.kernels.aot"],
         input=json.dumps([dataclasses.asdict(build) for build in builds]),
-        capture_output=True, text=True, cwd=ROOT, env=environment,
+        capture_output=True, text=True, cwd=ROOT, env=_environment(),
     )  # fmt: skip
     if run.returncode:
         raise RuntimeError(run.stderr)
     return [Code(**code) for code in json.loads(run.stdout)]
 
 
-def _compile(build: Build) -> Code:
+@functools.lru_cache(1)
+def _compiler() -> subprocess.Popen[str]:
+    # One that stays: to import PyTorch and Triton takes longer than to compile.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.kernels.aot", "ptx"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env=_environment(),
+    )  # fmt: skip
+    atexit.register(process.communicate)
+    return process
+
+
+def ptx(build: Build) -> tuple[str, int]:
+    """Returns a build's PTX and the bytes of shared memory that Triton asks for at the launch."""
+    compiler = _compiler()
+    assert compiler.stdin and compiler.stdout
+    print(json.dumps(dataclasses.asdict(build)), file=compiler.stdin, flush=True)
+    found = json.loads(compiler.stdout.readline())
+    if "error" in found:
+        raise RuntimeError(found["error"])
+    return found["ptx"], found["shared"]
+
+
+def _built(build: Build):
     import triton
-    import triton.backends.nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -179,8 +208,14 @@ def _compile(build: Build) -> Code:
         constexprs={(names.index(name),): value for name, value in build.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in build.aligned},
     )
+    return triton.compile(kernel_source, target=GPUTarget("cuda", build.capability, 32), options=build.options)
+
+
+def _compile(build: Build) -> Code:
+    import triton.backends.nvidia
+
     try:
-        result = triton.compile(kernel_source, target=GPUTarget("cuda", build.capability, 32), options=build.options)
+        result = _built(build)
     except Exception as error:
         return Code(error=f"{build.kernel} for sm_{build.capability}, {build.constants}: {error}")
     tools = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -196,9 +231,22 @@ def _compile(build: Build) -> Code:
     return Code(sass, used["REG"], used["STACK"], result.metadata.shared, table)
 
 
+def _read(build: dict) -> Build:
+    return Build(**{**build, "aligned": tuple(build["aligned"])})
+
+
 def main() -> None:
-    """Compiles the builds of standard input, as many at a time as there are cores."""
-    builds = [Build(**{**build, "aligned": tuple(build["aligned"])}) for build in json.load(sys.stdin)]
+    """Compiles the builds of standard input, as many at a time as there are cores; or one a line, as they come, to PTX."""
+    if sys.argv[1:] == ["ptx"]:
+        for line in sys.stdin:
+            try:
+                result = _built(_read(json.loads(line)))
+                answer = {"ptx": result.asm["ptx"], "shared": result.metadata.shared}
+            except Exception as error:
+                answer = {"error": str(error)}
+            print(json.dumps(answer), flush=True)
+        return
+    builds = [_read(build) for build in json.load(sys.stdin)]
     with multiprocessing.Pool(min(len(builds), os.cpu_count() or 1)) as pool:
         codes = pool.map(_compile, builds, chunksize=1)
     json.dump([dataclasses.asdict(code) for code in codes], sys.stdout)
