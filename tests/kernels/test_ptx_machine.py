@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not built for this platform")
 import torch
 
 import qlite
-from qlite.kernels import few_rows, few_tokens, one_token, small_batch, tiles
+from qlite.kernels import few_rows, few_tokens, one_token, sixteen_rows, small_batch, tiles
 from qlite.kernels.tiles import Tile
 from tests.kernels import ptx_machine, test_few_tokens, test_one_token
 from tests.kernels.ptx_machine import Fault, Launcher, execute
@@ -215,9 +215,12 @@ class Case:
     early: bool = False
     warps: int = 4
     capability: int = 90
+    tile_m: int = 4
 
     def tile(self) -> Tile:
-        return Tile("few rows", self.programs, self.warps, split=self.split, parts=self.parts, early=self.early)
+        return Tile(
+            "few rows", self.programs, self.warps, tile_m=self.tile_m, split=self.split, parts=self.parts, early=self.early
+        )
 
 
 def encoded(out: int, columns: int, case: Case, seed: int):
@@ -252,6 +255,7 @@ def on_the_machine(monkeypatch, module, kernels: dict, **given) -> None:
 
 
 FEW_ROWS = {"_few_rows_kernel": ("x_ptr", "y_ptr"), "_sum_of_parts_kernel": ("parts_ptr", "y_ptr")}
+PACK = {"_pack_kernel": ("x_ptr", "packed_ptr")}
 SINGLE = {
     "steps shared by programs, groups of 64": Case(200, 704, 4, split=False, parts=4, programs=5),
     "steps shared by programs, groups of 16": Case(200, 1216, 3, split=True, parts=4, programs=11, early=True),
@@ -263,6 +267,15 @@ SINGLE = {
     "one block": Case(17, 64, 1, split=False, parts=4, programs=7, early=True),
     "capability 8.0": Case(72, 448, 3, split=True, parts=4, programs=7, capability=80),
     "eight warps": Case(72, 1344, 2, split=True, parts=4, programs=7, warps=8),
+    "sixteen": Case(300, 704, 16, split=False, parts=5, programs=7, tile_m=16, early=True),
+    "sixteen, one row too many for eight": Case(140, 448, 9, split=False, parts=4, programs=3, tile_m=16, bias=True),
+    "sixteen, float16, absmax in float32": Case(
+        256, 192, 16, split=False, parts=1, programs=2, tile_m=16, dtype=torch.float16, double_quant=False, bias=True
+    ),
+    "sixteen, blocks of 256": Case(70, 512, 5, split=False, parts=6, programs=3, tile_m=16, block_size=256),
+    "sixteen, capability 8.0": Case(72, 448, 12, split=False, parts=4, programs=7, tile_m=16, capability=80),
+    "sixteen, eight warps": Case(300, 320, 16, split=False, parts=4, programs=3, tile_m=16, warps=8, early=True),
+    "sixteen, one block": Case(17, 64, 7, split=False, parts=4, programs=3, tile_m=16, early=True),
     "threads that have no entry of the table to fill": Case(300, 192, 4, split=False, parts=4, programs=3, warps=16),
 }
 
@@ -273,6 +286,8 @@ def test_few_rows_times_a_weight(name, monkeypatch):
     q, x = encoded(case.out, case.columns, case, 0), activations(case.columns, case, 0)
     bias = torch.randn(case.out) if case.bias else None
     on_the_machine(monkeypatch, few_rows, FEW_ROWS, capability=case.capability)
+    on_the_machine(monkeypatch, sixteen_rows, PACK, capability=case.capability)
+    monkeypatch.setattr(tiles, "early", lambda device: case.early)
     y = few_rows.multiply(x, parts_of(q), bias, case.block_size, case.tile())
     wanted, off = product(x, q)
     wanted = wanted if bias is None else wanted + bias.to(case.dtype).double()
@@ -284,6 +299,8 @@ TWO = {
     "beside each other, groups of 64": Case(100, 384, 3, split=False, parts=4, programs=7, early=True),
     "beside each other, groups of 16": Case(40, 704, 4, split=True, parts=3, programs=5, dtype=torch.float16),
     "beside each other, absmax in float32": Case(72, 320, 2, split=False, parts=5, programs=4, double_quant=False),
+    "beside each other, sixteen": Case(100, 320, 16, split=False, parts=5, programs=4, tile_m=16, early=True),
+    "added, sixteen": Case(140, 384, 11, split=False, parts=8, programs=5, tile_m=16, early=True),
     "added, groups of 64": Case(100, 384, 4, split=False, parts=8, programs=9),
     "added, groups of 16": Case(40, 1088, 1, split=True, parts=4, programs=7, dtype=torch.float16, early=True),
     "added, absmax in float32": Case(72, 192, 3, split=True, parts=4, programs=7, double_quant=False),
@@ -299,7 +316,11 @@ def test_few_rows_times_two_weights(name, monkeypatch):
     qs = [encoded(*shape, case, seed) for seed, shape in enumerate(shapes)]
     xs = [activations(columns, case, seed) for seed, (_, columns) in enumerate(shapes)][: 1 if stacked else 2]
     weights = [parts_of(q) for q in qs]
-    on_the_machine(monkeypatch, few_rows, FEW_ROWS, reachable=[*weights[1], *xs])
+    reachable, pack = [*weights[1], *xs], sixteen_rows.packed
+    monkeypatch.setattr(sixteen_rows, "packed", lambda x: reachable.append(pack(x)) or reachable[-1])
+    on_the_machine(monkeypatch, few_rows, FEW_ROWS, reachable=reachable)
+    on_the_machine(monkeypatch, sixteen_rows, PACK)
+    monkeypatch.setattr(tiles, "early", lambda device: case.early)
     parts = few_rows.multiply_two(xs, weights, case.block_size, case.tile())
     assert parts.shape[0] == case.parts and parts.dtype == torch.float32
     products = [product(x, q) for x, q in zip(2 * xs if stacked else xs, qs, strict=True)]
@@ -350,7 +371,7 @@ def test_a_sum_and_its_norm(early, dtype, monkeypatch):
     (torch.bfloat16, 17, 150), (torch.float32, 16, 70),
 ])  # fmt: skip
 def test_attention_and_gelu(dtype, group, length, monkeypatch):
-    late = ("fused_ptr", "more_fused_ptr", "up_ptr", "more_up_ptr", "keys_ptr", "values_ptr", "attended_ptr", "activated_ptr")
+    late = ("fused_ptr", "more_fused_ptr", "up_ptr", "more_up_ptr", "attended_ptr", "activated_ptr")  # not the cache
     on_the_machine(monkeypatch, one_token, {"_between_kernel": late})
     monkeypatch.setattr(tiles, "early", lambda device: True)
     test = test_one_token.test_attention_and_gelu_are_those_of_float64.hypothesis.inner_test
