@@ -88,16 +88,17 @@ _COMPARE = {
 
 
 def _same(threads, it) -> None:
-    wide = "wide" in it.parts
-    if "hi" in it.parts or "sat" in it.parts:
+    high = "hi" in it.parts
+    if "sat" in it.parts or (high and it.parts[0] != "mul"):
         raise NotImplementedError
     sources = [threads.get(operand, it.kind) for operand in it.operands[1:3]]
     kind = it.kind
-    if wide:
+    if high or "wide" in it.parts:
         kind = f"{it.kind[0]}{16 * size_of(it.kind)}"
         sources = [source.astype(f"{source.dtype.kind}{2 * source.itemsize}") for source in sources]
     sources += [threads.get(operand, kind) for operand in it.operands[3:]]
-    threads.put(it.operands[0], _SAME[it.parts[0]](*sources), kind)
+    result = _SAME[it.parts[0]](*sources)
+    threads.put(it.operands[0], result >> 8 * size_of(it.kind) if high else result, it.kind if high else kind)
 
 
 def _shift(threads, it) -> None:
