@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qlite import rotary
 
 #: Rows of a batch, up to which two weights are multiplied at once.
-FEW_ROWS = 4
+FEW_ROWS = 16
 
 
 def add_norm(x: Tensor, parts: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:

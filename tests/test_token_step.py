@@ -96,10 +96,10 @@ def test_two_weights_are_multiplied_at_once_for_a_few_rows(kind, monkeypatch):
     calls = []
     real = torch.ops.qlite.two_products
     monkeypatch.setattr(torch.ops.qlite, "two_products", lambda *arguments: (calls.append(1), real(*arguments))[1])
-    step(token_step.next_hidden, model, 4, torch.bfloat16)
+    step(token_step.next_hidden, model, 16, torch.bfloat16)
     assert len(calls) == 3 * 2 * model.config.num_hidden_layers
     calls.clear()
-    step(token_step.next_hidden, model, 5, torch.bfloat16)
+    step(token_step.next_hidden, model, 17, torch.bfloat16)
     assert not calls
 
 

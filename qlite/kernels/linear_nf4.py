@@ -44,12 +44,15 @@ def linear(
 
 
 def two_products(xs: list[Tensor], one: list[Tensor], other: list[Tensor], block_size: int) -> Tensor:
-    """Returns the parts of two products of up to four rows, as few_rows.multiply_two."""
-    xs = [aligned(x) for x in xs]
+    """Returns the parts of two products of up to sixteen rows, as few_rows.multiply_two."""
+    stacked = len(xs) == 1
     weights = [tuple(w) if len(w) == 5 else (*w[:2], None, None, w[2]) for w in (one, other)]
+    tile = tiles.two_products("stacked" if stacked else "summed", len(xs[0]), xs[0].device)
+    if tile is None:
+        products = [linear(x, *w, None, len(w[0]), block_size) for x, w in zip((xs[0], xs[-1]), weights)]
+        return (torch.cat(products, dim=1)[None] if stacked else torch.stack(products)).float()
     weights = [(aligned(w[0]), *w[1:]) for w in weights]
-    tile = tiles.two_products("stacked" if len(xs) == 1 else "summed", xs[0].device)
-    return few_rows.multiply_two(xs, weights, block_size, tile)
+    return few_rows.multiply_two([aligned(x) for x in xs], weights, block_size, tile)
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from qlite.kernels import tiles
 from qlite.kernels.steps import round_to
-from qlite.one_token import FEW_ROWS
 
 #: Query heads that a program attends with, keys that it reads at a time (fewer where they would take too many registers: in
 #: float32, without tensor cores, and where several programs must fit a multiprocessor), columns that one applies GELU to.
@@ -225,7 +224,7 @@ def between(
     plain, early, options = _early(keys)
     of_fused, of_up = _parts(fused), _parts(up)
     chunks = triton.cdiv(group, HEADS)
-    fewer = plain or keys.dtype == torch.float32 or batch > FEW_ROWS
+    fewer = plain or keys.dtype == torch.float32 or batch > 4
     if batch:
         _between_kernel[(chunks * kv_heads + triton.cdiv(ffn, COLUMNS), batch)](
             *of_fused[0], *of_up[0], cos, sin, keys, values, at, visible.view(torch.int8), attended, activated,

@@ -103,18 +103,27 @@ def table(capability: tuple[int, int]) -> list[tuple[int, int, Tile]]:
     return _AMPERE if capability[0] == 8 else [_FEW]
 
 
-#: Two weights in one launch: results beside each other, and added.
+#: Two weights in one launch, results beside each other and added: rows of x, up to which -> Tile. Of sixteen rows not measured.
 _TWO = {
-    "stacked": Tile("few rows", 3, 4, split=False, parts=4, registers=168),
-    "summed": Tile("few rows", 3, 4, split=False, parts=8, registers=168),
+    "stacked": [
+        (4, Tile("few rows", 3, 4, split=False, parts=4, registers=168)),
+        (16, Tile("few rows", 3, 4, tile_m=16, split=False, parts=5, registers=168)),
+    ],
+    "summed": [
+        (4, Tile("few rows", 3, 4, split=False, parts=8, registers=168)),
+        (16, Tile("few rows", 3, 4, tile_m=16, split=False, parts=13, registers=168)),
+    ],
 }
 
 
-@functools.lru_cache(16)
-def two_products(how: str, device: torch.device) -> Tile:
-    """Returns how to multiply by two encoded weights at once, "stacked" or "summed"."""
-    _, multiprocessors = _properties(device)
-    return dataclasses.replace(_TWO[how], programs=_TWO[how].programs * multiprocessors, early=early(device))
+@functools.lru_cache(64)
+def two_products(how: str, rows: int, device: torch.device) -> Tile | None:
+    """Returns how to multiply up to 16 rows by two encoded weights at once, "stacked" or "summed", or None: one by one."""
+    capability, multiprocessors = _properties(device)
+    if rows > 4 and (0, 0) < capability < (8, 0):  # no tensor cores that Triton uses
+        return None
+    tile = next(tile for most, tile in _TWO[how] if rows <= most)
+    return dataclasses.replace(tile, programs=tile.programs * multiprocessors, early=early(device))
 
 
 @functools.lru_cache(4096)

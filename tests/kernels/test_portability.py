@@ -310,7 +310,8 @@ TENSOR_CORES = tuple(capability for capability in CAPABILITIES if capability >= 
 BUDGETS = {16: 3.2, 32: 3.8, 64: 5.4, 128: 6.1, 256: 8.6}
 HOPPER, AMPERE = ({most: tile for most, _, tile in tiles.table(of) if tile.method == "small batch"} for of in ((9, 0), (8, 6)))
 SIXTEEN = tiles.Tile("few rows", 3, 4, tile_m=16, split=False, parts=5, registers=168)
-STACKED, SUMMED = (tiles.two_products(how, torch.device("cpu")) for how in ("stacked", "summed"))
+STACKED, SUMMED = (tiles.two_products(how, 4, torch.device("cpu")) for how in ("stacked", "summed"))
+STACKED_16, SUMMED_16 = (tiles.two_products(how, 16, torch.device("cpu")) for how in ("stacked", "summed"))
 VARIANTS = {
     "dequantize": dequantize(budget=9.2),
     "dequantize, absmax in float32": dequantize(absmax="*fp32", budget=7.1),
@@ -352,6 +353,8 @@ VARIANTS = {
     "few rows, early": few_rows(early=True, capabilities=(90,)),
     "few rows, columns split": few_rows(tile=dataclasses.replace(tiles.table((9, 0))[0][2], split=True), capabilities=(90,)),
     "few rows of two weights, stacked": few_rows(mode="STACKED", tile=STACKED, capabilities=TENSOR_CORES, budget=3.3),
+    "sixteen rows of two weights, stacked": few_rows(mode="STACKED", tile=STACKED_16, capabilities=TENSOR_CORES, stack=64),
+    "sixteen rows of two weights, summed": few_rows(mode="SUMMED", tile=SUMMED_16, capabilities=TENSOR_CORES, stack=64),
     "few rows of two weights, summed": few_rows(mode="SUMMED", tile=SUMMED, capabilities=TENSOR_CORES, budget=3.5),
     "few rows' parts summed": Variant(
         "few_rows", "_sum_of_parts_kernel",
