@@ -46,12 +46,14 @@ BATCH = {
         (3, 4, 128, 16, 5, True, False, False),
         (2, 8, 256, 16, 4, True, False, False),
         (3, 4, 64, 16, 10, True, False, False),
+        (1, 16, 256, 16, 5, True, False, False),
     ),
     32: (
         (2, 4, 128, 32, 4, True, False, False),
         (1, 8, 128, 32, 4, True, False, True),
         (2, 8, 128, 32, 4, True, False, True),
         (2, 4, 128, 32, 4, True, False, True),
+        (1, 16, 256, 32, 4, True, False, True),
     ),
     64: (
         (1, 8, 128, 64, 3, True, False, True),
@@ -59,6 +61,9 @@ BATCH = {
         (1, 8, 128, 64, 4, True, False, True),
         (1, 8, 256, 64, 3, True, False, True),
         (2, 4, 128, 64, 3, True, True, True),
+        (1, 16, 256, 64, 3, True, False, True),
+        (1, 16, 256, 64, 4, False, False, True),
+        (2, 8, 128, 64, 3, False, False, True),
     ),
     128: ((1, 8, 128, 128, 3, True, True, True), (1, 8, 128, 128, 3, False, True, True)),
     256: (
@@ -75,20 +80,21 @@ def tiles_of(rows: int):
     from qlite.kernels.tiles import Tile, early
 
     multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    begun = early(torch.device("cuda", torch.cuda.current_device()))
     if rows <= 4:
         for warps, programs, split, parts, registers in FEW:
             yield Tile(
                 "few rows", programs * multiprocessors, warps, split=split, parts=parts, registers=registers,
-                early=early(torch.device("cuda", torch.cuda.current_device())),
+                early=begun,
             )  # fmt: skip
     elif rows <= 16:
         for warps, programs, parts, registers in SIXTEEN:
             yield Tile(
                 "few rows", programs * multiprocessors, warps, tile_m=16, split=False, parts=parts, registers=registers,
-                early=early(torch.device("cuda", torch.cuda.current_device())),
+                early=begun,
             )  # fmt: skip
     for programs, warps, tile_n, tile_m, stages, two, scaled, sort in BATCH.get(rows, ()):
-        yield Tile("small batch", programs * multiprocessors, warps, tile_n, tile_m, stages, two, scaled, sort)
+        yield Tile("small batch", programs * multiprocessors, warps, tile_n, tile_m, stages, two, scaled, sort, early=begun)
 
 
 def time_tiles(name: str, rows: int, note) -> None:
