@@ -1,4 +1,4 @@
-"""What bounds the kernel of one to four rows: pairs of weights in one launch, and the kernel with parts of its work left out.
+"""What bounds the kernel of few rows: pairs of weights in one launch, and the kernel with parts of its work left out.
 
     python -m benchmarks.few_rows                   # Falcon-7B's layers; a CUDA GPU of capability 8.0 on, half a minute
 
@@ -92,7 +92,7 @@ def main() -> None:
         record("few_rows", row, commit=options.commit, show=False)
         found.append(row)
 
-    for rows in (1, 4):
+    for rows in (1, 4, 16):
         xs = {columns: random_bf16(rows, columns) for columns in (HIDDEN, WIDE)}
         for name, (out, columns) in SHAPES.items():
             note(rows, name, (name,), lambda i: linear_nf4.linear(xs[columns], *weights[name][i], None, out, 64))  # noqa: B023
