@@ -32,7 +32,7 @@ LENGTHS = 256
 #: 18,176 features and eight of 4,544 each, 1.2 GB in 16 bits. The products have long reached their speed.
 PREFILL = 8192
 
-#: (logits float32 (B, V), tokens seen so far bool (B, V), generator) -> the chosen tokens, int64 (B,).
+#: (logits (B, V), the tokens so far int64 (B, N), some of them several times, generator) -> the chosen tokens, int64 (B, 1).
 Draw = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
 
@@ -55,15 +55,15 @@ class Decoder:
         self.chunk = CHUNK if device.type == "cuda" else 1
         self.cache = KVCache(model.config, batch, length, device=device, dtype=embedding.dtype)
         self.generator = torch.Generator(device)
-        self.at = torch.zeros(1, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        # The prompts and what came so far; the place of the last token, and its position in each row, which padding does not
+        # count for: views of one tensor, for one launch to move them on.
+        self.text = torch.zeros(batch, length, dtype=torch.int64, device=device)
+        self.places = torch.zeros(1 + batch, dtype=torch.int64, device=device)
+        self.at, self.positions = self.places[:1], self.places[1:]
+        self.read = 0  # so many places of the text are known to the host
         self.visible = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        self.seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool, device=device)
-        self.text = torch.zeros(length, dtype=torch.int64, device=device)  # to guess from: the prompt and what came so far
         self.ahead = torch.arange(1 + guesses, device=device)
-        self.tokens = torch.zeros(batch, CHUNK * (1 + guesses), dtype=torch.int64, device=device)
-        self.count = torch.zeros(1, dtype=torch.int64, device=device)
+        self.rotary = None if model.config.alibi else model.rotary_table(length)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False
 
@@ -75,23 +75,21 @@ class Decoder:
         """
         model, length = self._model(), ids.shape[1]
         self.generator.manual_seed(seed)
-        self.count.zero_()  # a call that was interrupted may have left some
         self.cache.length = 0
         for kept in (self.cache.keys, self.cache.values):
             kept.zero_()  # what is masked is multiplied by zero all the same, and NaN times zero is NaN
-        mask = None if bool(real.all()) else real.to(self.ids.device)
-        ids = ids.to(self.ids.device)
-        hidden = self._through(model, ids, mask)
-        real = real.to(self.ids.device)
-        self.visible.zero_()
+        padded = not bool(real.all())
+        ids, real = ids.to(self.text.device), real.to(self.text.device)
+        hidden = self._through(model, ids, real if padded else None)
+        self.visible.fill_(True)
         self.visible[:, :length] = real
-        self.seen.zero_().scatter_(1, ids, True)
-        self.seen[:, 0] = ((ids == 0) & real).any(dim=1)  # token 0 is what padding is made of
+        # Where a row has no token, or none yet, one of its tokens stands again: so the text holds what was seen, and no more.
+        self.text.copy_(ids[:, -1:])
+        self.text[:, :length] = torch.where(real, ids, ids[:, -1:])
         self.at.fill_(length)
-        self.positions.copy_(real.sum(dim=1, keepdim=True))
+        self.positions.copy_(real.sum(dim=1))
+        self.read = length
         self._choose(hidden)
-        if self.guesses:
-            self.text[: length + 1] = torch.cat((ids[0], self.ids[0]))
         return self._read()[0]
 
     def _through(self, model: Falcon, ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -128,7 +126,7 @@ class Decoder:
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        stream = capture_stream(self.ids.device)
+        stream = capture_stream(self.text.device)
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may go on
             self._step()
         self.graph = graph
@@ -138,37 +136,35 @@ class Decoder:
         if self.guesses:
             self._step_over_guesses(model)
             return
-        self.visible.index_fill_(1, self.at, True)
         next_hidden = token_step.next_hidden if self.few_launches else type(model).next_hidden
-        hidden = next_hidden(model, self.ids, self.positions, self.visible, self.cache, self.at)
-        self.at.add_(1)
-        self.positions.add_(1)
+        ids = self.text.index_select(1, self.at)
+        hidden = next_hidden(model, ids, self._angles(self.positions), self.visible, self.cache, self.at)
+        self.places.add_(1)
         self._choose(hidden)
 
     def _step_over_guesses(self, model: Falcon) -> None:
-        guesses = prompt_lookup.guess(self.text, self.at, self.guesses)
-        ids = torch.cat((self.ids[0], guesses))
-        hidden = prompt_lookup.hidden_after(model, ids, self.at + self.ahead, self.cache)
-        logits = model.lm_head(hidden).float()
-        chosen, right = prompt_lookup.check(logits, guesses, self.seen, lambda row, seen: self.draw(row, seen, self.generator))
+        text, places = self.text[0], self.at + self.ahead
+        guesses = prompt_lookup.guess(text, self.at, self.guesses)
+        ids = torch.cat((text.index_select(0, self.at), guesses))
+        hidden = prompt_lookup.hidden_after(model, ids, places, self._angles(places), self.cache)
+        chosen = self.draw(model.lm_head(hidden), prompt_lookup.texts(text, ids, places), self.generator)
         # What does not stand is written over by the next step, here and in the cache.
-        self.text.index_copy_(0, self.at + 1 + self.ahead, chosen)
-        self.tokens.index_copy_(1, self.count + self.ahead, chosen[None])
-        self.ids.copy_(chosen.index_select(0, right - 1)[:, None])
-        self.at.add_(right)
-        self.count.add_(right)
+        self.text.index_copy_(1, places + 1, chosen.T)
+        self.at.add_(prompt_lookup.standing(chosen[:, 0], guesses))
+
+    def _angles(self, positions: Tensor) -> Tensor | None:
+        """Returns cos and sin of the rotary angles at positions (N,), (2, N, D/2); None with ALiBi."""
+        return None if self.rotary is None else self.rotary.index_select(1, positions)
 
     def _choose(self, hidden: Tensor) -> None:
-        chosen = self.draw(self._model().lm_head(hidden).float(), self.seen, self.generator)[:, None]
-        self.seen.scatter_(1, chosen, True)
-        self.ids.copy_(chosen)
-        self.tokens.index_copy_(1, self.count, chosen)
-        self.count.add_(1)
+        self.text.index_copy_(1, self.at, self.draw(self._model().lm_head(hidden), self.text, self.generator))
 
     def _read(self) -> list[list[int]]:
-        count, *found = torch.cat((self.count, self.tokens.T.flatten())).tolist()  # one wait for both
-        self.count.zero_()
-        rows = len(self.tokens)
+        """Returns the tokens that came since the host last looked, lists of one for each row."""
+        rows, most = len(self.text), self.chunk * (1 + self.guesses)
+        latest = self.text[:, self.read : self.read + most]
+        at, *found = torch.cat((self.at, latest.T.flatten())).tolist()  # one wait for both
+        count, self.read = at + 1 - self.read, at + 1
         return [found[rows * step : rows * (step + 1)] for step in range(count)]
 
 

@@ -314,6 +314,11 @@ class Falcon(nn.Module):
         angles = positions[:, :, None].float() * (1.0 / self.config.rope_theta**exponents)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
+    def rotary_table(self, length: int) -> Tensor:
+        """Returns cos and sin of the first positions, (2, length, D/2), in the dtype of the activations."""
+        weight = self.transformer.word_embeddings.weight
+        return torch.cat(self._rotary(torch.arange(length, device=weight.device)[None], weight.dtype))
+
     def _mask(
         self, length: int, past: int, attention_mask: Tensor | None, positions: Tensor, dtype: torch.dtype
     ) -> Tensor | None:
@@ -386,23 +391,24 @@ class Falcon(nn.Module):
             cache.length += length
         return self.transformer.ln_f(x)
 
-    def next_hidden(self, ids: Tensor, positions: Tensor, visible: Tensor, cache: KVCache, at: Tensor) -> Tensor:
+    def next_hidden(self, ids: Tensor, rotary: Tensor | None, visible: Tensor, cache: KVCache, at: Tensor) -> Tensor:
         """Returns the final normed hidden states (B, hidden) of one more token a row, whose shapes are the same each time.
 
         Args:
-            ids, positions: int64 (B, 1), the tokens and how many come before each. visible: bool (B, max_length), which places
-                of the cache hold tokens, the new one included. at: int64 (1,), its place. `cache.length` is not looked at.
+            ids: int64 (B, 1), the tokens. rotary: (2, B, D/2), cos and sin of their positions; None with ALiBi.
+            visible: bool (B, max_length), False where the cache holds padding; what it has after `at` is not looked at.
+            at: int64 (1,), the place of the new tokens. `cache.length` is not looked at.
         """
         x = self.transformer.word_embeddings(ids)
-        hidden = ~visible[:, None, None]
-        if self.config.alibi:
-            rotary, mask = None, self._alibi((visible.long().cumsum(dim=1) - 1).clamp(min=0), x.dtype)
+        hidden = (~visible | (torch.arange(visible.shape[1], device=at.device) > at))[:, None, None]
+        if rotary is None:
+            tables, mask = None, self._alibi((visible.long().cumsum(dim=1) - 1).clamp(min=0), x.dtype)
         else:
             # Added to the scores, for attention would make such a mask of a bool one in every layer.
-            rotary, mask = self._rotary(positions, x.dtype), torch.zeros_like(hidden, dtype=x.dtype)
+            tables, mask = rotary[:, :, None].unbind(), torch.zeros_like(hidden, dtype=x.dtype)
         mask = mask.masked_fill(hidden, -math.inf)
         for block in self.transformer.h:
-            x = block(x, rotary, mask, cache, at)
+            x = block(x, tables, mask, cache, at)
         return self.transformer.ln_f(x)[:, -1]
 
     def forward(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:

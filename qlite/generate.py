@@ -24,26 +24,40 @@ _FROM_CONFIG: Any = object()
 
 
 def _penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Returns logits (B, V) in which a token that was seen (bool (B, V)) is less likely: divided above 0, multiplied below."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    """Returns float32 logits (B, V) in which the tokens `seen`, int64 (B, N), are less likely: divided above 0, multiplied
+    below."""
+    logits = logits.to(torch.float32, copy=True)
+    scores = logits.gather(1, seen)
+    # On either side of 0 that is the lower of the two, and with a penalty below 1 the higher.
+    choice = torch.minimum if penalty > 1 else torch.maximum
+    return logits.scatter_(1, seen, choice(scores / penalty, scores * penalty))
 
 
-def _restricted(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Returns logits (B, V) with -inf for tokens outside the k likeliest and outside the nucleus of mass top_p.
+def _shares(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor | None]:
+    """Returns what tokens of logits (B, V) are drawn in proportion to, float32 (B, N), and which they are, int64 (B, N), or
+    None: all, in order. With top_k or top_p the likeliest come first, and the share is 0 outside the nucleus of mass top_p.
 
     The nucleus is the shortest list of the likeliest tokens whose probabilities reach top_p; the likeliest is always in.
     """
+    tokens = None
+    if top_p == 1:  # nothing is left out, where a rounded sum would reach 1 before the end
+        top_p = None
     if top_k is not None:
-        kept = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
-    if top_p is not None and top_p < 1:  # at 1 nothing is left out, where a rounded sum would reach 1 before the end
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
+        logits, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+    if top_p is not None:
+        if tokens is not None:  # of equal ones the first in the vocabulary comes first, with top_k and without
+            tokens, order = tokens.sort(dim=-1)
+            logits = logits.gather(-1, order)
+        logits, order = logits.sort(dim=-1, descending=True, stable=True)
+        tokens = order if tokens is None else tokens.gather(-1, order)
+    logits = logits.float()
+    # Relative to the likeliest, whose quotient is 0 and never infinite; 1e-38 is about float32's smallest.
+    likeliest = logits.amax(dim=-1, keepdim=True) if tokens is None else logits[:, :1]
+    shares = ((logits - likeliest) / max(temperature, 1e-38)).softmax(dim=-1)
+    if top_p is not None:
         # What stands before a token, without the token: so the one that crosses top_p is kept.
-        before = probabilities.cumsum(dim=-1) - probabilities
-        ordered = ordered.masked_fill(before >= top_p, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered)
-    return logits
+        shares = shares.masked_fill(shares.cumsum(dim=-1) - shares >= top_p, 0.0)
+    return shares, tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +82,23 @@ class _Choice:
             raise ValueError("generate: top_k and top_p choose among samples; set a temperature above 0")
 
     def draw(self, logits: Tensor, seen: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns the chosen tokens, int64 (B,), from float32 logits (B, V) and the tokens so far, bool (B, V)."""
-        logits = _penalised(logits, seen, self.repetition_penalty)
+        """Returns the chosen tokens, int64 (B, 1), from logits (B, V) and the tokens so far, int64 (B, N), some several times.
+
+        Logits are many: what needs no pass over them has none, and those in 16 bits are compared as they are.
+        """
+        if self.repetition_penalty != 1:
+            logits = _penalised(logits, seen, self.repetition_penalty)
+        if logits.dtype == torch.float64:  # in which a tie would hang on the order of sums
+            logits = logits.float()
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        # Relative to the likeliest, whose quotient is 0 and never infinite; 1e-38 is about float32's smallest.
-        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(self.temperature, 1e-38)
-        shares = _restricted(scaled, self.top_k, self.top_p).softmax(dim=-1)
+            return logits.argmax(dim=-1, keepdim=True)
+        shares, tokens = _shares(logits, self.temperature, self.top_k, self.top_p)
         # The largest share over an exponential variate is a draw by shares; torch.multinomial does so too, but may look at its
         # argument from the host, which a recorded step cannot.
-        return (shares / torch.empty_like(shares).exponential_(generator=generator)).argmax(dim=-1)
+        variates = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
+        if tokens is None:
+            return (shares / variates).argmax(dim=-1, keepdim=True)
+        return tokens.gather(-1, (shares / variates.gather(-1, tokens)).argmax(dim=-1, keepdim=True))
 
 
 def _check(config: FalconConfig, prompts: list[list[int]], max_new_tokens: int, guesses: int, choice: _Choice) -> None:

@@ -13,7 +13,6 @@ Not done here: sampling, several rows (they would advance by different numbers o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,51 +35,53 @@ def guess(text: Tensor, last: Tensor, count: int) -> Tensor:
         text: int64 (L,), tokens, of which those after `last` do not count. last: int64 (1,), the place of the last one.
     """
     places = torch.arange(len(text), device=text.device)
-    common, agree = torch.zeros_like(text), places <= last
-    for back in range(LONGEST_MATCH):
-        wanted = text.index_select(0, (last - back).clamp(min=0))
-        agree = agree & (text.roll(back + 1) == wanted) & (places > back)  # of roll, what comes round from the end is not meant
-        common += agree
+    back = torch.arange(1, 1 + LONGEST_MATCH, device=text.device)[:, None]
+    before, end = places - back, last + 1 - back
+    agree = (text[before.clamp(min=0)] == text[end.clamp(min=0)]) & (before >= 0)
+    common = agree.cumprod(dim=0).sum(dim=0)  # tokens, up to the first that differs
     score = (common * len(text) + places).masked_fill(places > last, -1)
     start = score.argmax(dim=0, keepdim=True)
     return text.index_select(0, start + places[:count] % (last + 1 - start))
 
 
-def hidden_after(model: Falcon, ids: Tensor, places: Tensor, cache: KVCache) -> Tensor:
+def hidden_after(model: Falcon, ids: Tensor, places: Tensor, rotary: Tensor | None, cache: KVCache) -> Tensor:
     """Returns the final normed hidden states (T, hidden) of T more tokens of one row, each seeing those up to itself.
 
     Args:
         ids: int64 (T,), the tokens. places: int64 (T,), where in the cache they are put, one after the other; what it holds
             up to there is the text before them, without padding. `cache.length` is not looked at.
+        rotary: (2, T, D/2), cos and sin of those places; None with ALiBi.
     """
     x = model.transformer.word_embeddings(ids[None])
     everywhere = torch.arange(cache.max_length, device=ids.device)
     hidden = everywhere > places[:, None]
-    if model.config.alibi:
-        rotary, mask = None, model._alibi(everywhere[None], x.dtype)
+    if rotary is None:
+        tables, mask = None, model._alibi(everywhere[None], x.dtype)
     else:
-        rotary, mask = model._rotary(places[None], x.dtype), torch.zeros_like(hidden, dtype=x.dtype)[None, None]
+        tables, mask = rotary[:, None].unbind(), torch.zeros_like(hidden, dtype=x.dtype)[None, None]
     mask = mask.masked_fill(hidden, -math.inf)
     for block in model.transformer.h:
-        x = block(x, rotary, mask, cache, places)
+        x = block(x, tables, mask, cache, places)
     return model.transformer.ln_f(x)[0]
 
 
-def check(logits: Tensor, guesses: Tensor, seen: Tensor, choose: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns the tokens chosen after the last token and after each guess, int64 (T,), and how many of them stand, int64 (1,):
-    the first, and one more for each guess before the first wrong one.
+def texts(text: Tensor, ids: Tensor, places: Tensor) -> Tensor:
+    """Returns the text up to each of T tokens, int64 (T, L), with tokens of it again where it ends.
+
+    What is chosen after a guess stands only if all guesses up to it are right: they are the text before it, and what is chosen
+    after one token need not be known for the next.
 
     Args:
-        logits: float32 (T, V). guesses: int64 (T - 1,). seen: bool (1, V), the tokens of the text; those that stand are added.
-        choose: (logits (1, V), seen) -> the chosen token, int64 (1,).
+        text: int64 (L,), whatever there is at `places` and after. ids, places: as in `hidden_after`.
     """
-    stands, chosen = torch.ones(1, dtype=torch.bool, device=logits.device), []
-    number = torch.zeros(1, dtype=torch.int64, device=logits.device)
-    for row in range(len(logits)):
-        if row:
-            stands = stands & (chosen[-1] == guesses[row - 1])
-        token = choose(logits[row : row + 1], seen)
-        seen.scatter_(1, token[:, None], seen.gather(1, token[:, None]) | stands)
-        number += stands
-        chosen.append(token)
-    return torch.cat(chosen), number
+    there = torch.arange(len(text), device=text.device) <= places[:, None]
+    return torch.where(there, text.index_copy(0, places, ids), text[0])
+
+
+def standing(chosen: Tensor, guesses: Tensor) -> Tensor:
+    """Returns how many tokens stand, int64 (1,): the first, and one more for each guess before the first wrong one.
+
+    Args:
+        chosen: int64 (T,), after the last token and after each guess. guesses: int64 (T - 1,).
+    """
+    return 1 + (chosen[:-1] == guesses).cumprod(dim=0).sum(dim=0, keepdim=True)

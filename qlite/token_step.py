@@ -44,10 +44,11 @@ def fits(model: nn.Module) -> bool:
     return all(p.dtype == dtype for name, p in model.named_parameters() if "norm" in name or ".ln_" in name)
 
 
-def next_hidden(model: Falcon, ids: Tensor, positions: Tensor, visible: Tensor, cache: KVCache, at: Tensor) -> Tensor:
+def next_hidden(model: Falcon, ids: Tensor, rotary: Tensor | None, visible: Tensor, cache: KVCache, at: Tensor) -> Tensor:
     """Returns the final normed hidden states (B, hidden) of one more token a row; arguments as in Falcon.next_hidden."""
     x = model.transformer.word_embeddings(ids)[:, 0]
-    cos, sin = (table[:, 0] for table in model._rotary(positions, x.dtype))
+    assert rotary is not None  # of which `fits` makes sure
+    cos, sin = rotary.unbind()
     parts: list[Tensor] = []
     for block in model.transformer.h:
         assert isinstance(block, _Block)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import gc
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlite
 from qlite import decoding
@@ -54,6 +56,66 @@ def test_nothing_is_kept_for_a_cpu():
     assert model not in decoding._KEPT
 
 
+# What a step costs beside the blocks.
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that are called and are no views: on a GPU a launch each, or more."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        mine = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
+        views = all(
+            tensor.untyped_storage().data_ptr() in mine for tensor in (found if isinstance(found, tuple | list) else [found])
+        )
+        if func._schema.is_mutable or not (views or "empty" in func.__name__):
+            self.names[func.__name__] += 1
+        return found
+
+
+def launches(layers, rows, choice, guesses=0):
+    config = dataclasses.replace(FLAVOURS["7b"], hidden_size=96, num_hidden_layers=layers)
+    model = qlite.Falcon(config, dtype=torch.bfloat16).eval()
+    steps = decoding.Decoder(model, rows, 64, choice.draw, guesses)
+    assert steps.few_launches
+    ids = torch.ones(rows, 5, dtype=torch.int64)
+    with torch.inference_mode():
+        steps.prefill(ids, ids.bool(), 0)
+        with Launches() as counted:
+            steps._step()
+    return counted.names
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("choice", "most"),
+    [
+        # The token, its embedding, its cos and sin; the last norm, the head, the choice; the places move on, the token is kept.
+        (_Choice(0.0, None, None, 1.0), 8),
+        # Logits in float32, those of tokens that were seen, divided, multiplied, one of both, put back.
+        (_Choice(0.0, None, None, 1.1), 8 + 6),
+        # Logits in float32, the highest, less that, over the temperature, softmax; variates, over them.
+        (_Choice(0.8, None, None, 1.0), 8 + 7),
+        # Instead of the highest: the k likeliest in the order of the vocabulary (3), and of their likelihood (2), a mask (4),
+        # the variates and the token of those that are left.
+        (_Choice(0.8, 50, 0.9, 1.0), 8 + 6 + 11),
+    ],
+    ids=["greedy", "penalty", "temperature", "top-k and top-p"],
+)
+def test_a_step_launches_little_beside_its_blocks(rows, choice, most):
+    one, two = launches(1, rows, choice), launches(2, rows, choice)
+    assert 2 * one.total() - two.total() <= most, f"beside the blocks: {one + one - two}"
+
+
+def test_a_step_over_guesses_launches_no_more_for_more_of_them():
+    choice = _Choice(0.0, None, None, 1.1)
+    assert launches(1, 1, choice, 4).total() == launches(1, 1, choice, 40).total()
+
+
 # A prompt in pieces.
 
 
@@ -73,8 +135,8 @@ def test_a_prompt_in_pieces_gives_the_states_and_the_tokens_of_one_that_is_whole
         passes.clear()
         steps = decoding.Decoder(model, len(lengths), 64, CHOICE.draw)
         with torch.inference_mode():
-            mask = None if real.all() else real.to(steps.ids.device)
-            return steps._through(model, ids.to(steps.ids.device), mask)
+            mask = None if real.all() else real.to(steps.text.device)
+            return steps._through(model, ids.to(steps.text.device), mask)
 
     options = {"max_new_tokens": 9, "eos_token_id": None}
     whole, answers = states(), qlite.generate(model, prompts, **options)
@@ -122,14 +184,16 @@ def test_a_call_that_was_interrupted_leaves_nothing_to_the_next(kept, after):
     assert model not in kept and qlite.generate(model, [1, 2, 3], **options) == wanted
 
 
-def test_a_count_that_was_left_over_is_not_read():
+@pytest.mark.parametrize("choice", [CHOICE, dataclasses.replace(CHOICE, repetition_penalty=1.3)], ids=["plain", "penalty"])
+def test_what_one_prompt_left_behind_is_not_read_by_the_next(choice):
     model = talker().eval()
-    steps = decoding.Decoder(model, 1, 64, CHOICE.draw)
+    steps = decoding.Decoder(model, 1, 64, choice.draw)
     prompt, real = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool)
     with torch.inference_mode():
-        wanted = steps.prefill(prompt, real, 0)
-        steps.count.fill_(5)
-        assert steps.prefill(prompt, real, 0) == wanted
+        wanted = steps.prefill(prompt, real, 0), steps.steps(1)
+        steps.prefill(torch.arange(40)[None], torch.ones(1, 40, dtype=torch.bool), 0)
+        steps._step()  # which nobody reads
+        assert (steps.prefill(prompt, real, 0), steps.steps(1)) == wanted
 
 
 def test_calls_from_threads_and_from_within_have_decoders_of_their_own(kept):

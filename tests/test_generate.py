@@ -14,7 +14,7 @@ from torch import nn
 
 import qlite
 from qlite.data import ASSETS
-from qlite.generate import _restricted
+from qlite.generate import _Choice, _shares
 from tests.falcons import FLAVOURS, falcon_configs, talker_of, tokens_of
 
 flavours = pytest.mark.parametrize("config", FLAVOURS.values(), ids=FLAVOURS)
@@ -27,8 +27,8 @@ class Chain(nn.Module):
         super().__init__()
         size = len(table)
         self.config = qlite.FalconConfig(
-            vocab_size=size, hidden_size=2, num_attention_heads=1, num_hidden_layers=1, eos_token_id=0
-        )
+            vocab_size=size, hidden_size=2, num_attention_heads=1, num_hidden_layers=1, eos_token_id=0, alibi=True
+        )  # positions without tables
         self.transformer = nn.Module()
         self.transformer.word_embeddings = nn.Embedding.from_pretrained(torch.eye(size))
         self.lm_head = nn.Linear(size, size, bias=False)
@@ -38,7 +38,7 @@ class Chain(nn.Module):
         cache.length += input_ids.shape[1]
         return self.transformer.word_embeddings(input_ids)
 
-    def next_hidden(self, ids, positions, visible, cache, at):
+    def next_hidden(self, ids, rotary, visible, cache, at):
         return self.transformer.word_embeddings(ids)[:, -1]
 
 
@@ -213,25 +213,32 @@ logits_of_rows = st.builds(
 )
 
 
+def shares_of(logits, top_k, top_p):
+    """The share of each token of the vocabulary, zero where it is left out."""
+    shares, tokens = _shares(logits, 1.0, top_k, top_p)
+    return shares if tokens is None else torch.zeros(logits.shape).scatter(-1, tokens, shares)
+
+
 @given(logits_of_rows, st.none() | st.integers(1, 60), st.none() | st.floats(1e-6, 1.0))
-def test_what_is_kept_is_unchanged_and_likelier_than_what_is_not(logits, top_k, top_p):
-    kept = _restricted(logits, top_k, top_p)
-    inside = kept > -torch.inf
-    assert torch.equal(kept[inside], logits[inside])
+def test_what_is_kept_has_shares_as_its_logits_say_and_is_likelier_than_what_is_not(logits, top_k, top_p):
+    shares = shares_of(logits, top_k, top_p)
+    inside = shares > 0
     assert inside.any(dim=-1).all()
+    wanted = logits.masked_fill(~inside, -torch.inf).softmax(dim=-1)
+    torch.testing.assert_close(shares / shares.sum(dim=-1, keepdim=True), wanted)
     lowest = logits.masked_fill(~inside, torch.inf).amin(dim=-1)
     assert (logits.masked_fill(inside, -torch.inf).amax(dim=-1) <= lowest).all()
 
 
 @given(logits_of_rows, st.integers(1, 60))
 def test_top_k_keeps_k_tokens_and_with_ties_no_more(logits, k):
-    inside = _restricted(logits, k, None) > -torch.inf
+    inside = shares_of(logits, k, None) > 0
     assert (inside.sum(dim=-1) == min(k, logits.shape[-1])).all()
 
 
 @given(logits_of_rows, st.floats(1e-6, 1.0))
 def test_the_nucleus_is_the_shortest_list_of_likeliest_tokens_that_reaches_top_p(logits, top_p):
-    inside = _restricted(logits, None, top_p) > -torch.inf
+    inside = shares_of(logits, None, top_p) > 0
     shares = logits.double().softmax(dim=-1)
     mass = (shares * inside).sum(dim=-1)
     smallest = shares.masked_fill(~inside, 2.0).amin(dim=-1)
@@ -243,15 +250,33 @@ def test_the_nucleus_is_the_shortest_list_of_likeliest_tokens_that_reaches_top_p
 
 @given(logits_of_rows, st.integers(1, 60), st.floats(1e-6, 1.0))
 def test_the_nucleus_is_taken_of_the_k_likeliest(logits, k, top_p):
-    assert torch.equal(_restricted(logits, k, top_p), _restricted(_restricted(logits, k, None), None, top_p))
+    alone = logits.masked_fill(shares_of(logits, k, None) == 0, -torch.inf)
+    torch.testing.assert_close(shares_of(logits, k, top_p), shares_of(alone, None, top_p))
+
+
+@pytest.mark.parametrize("k", [None, 5])
+def test_of_equally_likely_tokens_the_nucleus_takes_the_first(k):
+    inside = shares_of(torch.tensor([[0.0, 2, -1, 2, 2, 0, 2]]), k, 0.4) > 0
+    assert inside.tolist() == [[False, True, False, True, False, False, False]]
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
 def test_a_nucleus_of_everything_leaves_out_nothing(spread):
     # 65,024 float32 probabilities do not add up to 1: a sum that stops where it reaches 1 would lose the unlikely ones.
     logits = seeded(2, 65024) * spread
-    assert torch.equal(_restricted(logits, None, 1.0), logits)
-    assert torch.equal(_restricted(logits, 65024, None), logits)
+    for top_k, top_p in ((None, 1.0), (65024, None), (70000, 1.0)):
+        torch.testing.assert_close(shares_of(logits, top_k, top_p), logits.softmax(dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_of_equal_logits_in_16_bits_the_first_is_chosen_as_in_float32(dtype):
+    logits = (seeded(64, 65024) * 2).round().to(dtype)  # the highest of a row is there more than once in many
+    highest = logits == logits.amax(dim=-1, keepdim=True)
+    assert (highest.sum(dim=-1) > 1).sum() > 9
+    choice, seen = _Choice(0.0, None, None, 1.0), torch.zeros(64, 1, dtype=torch.int64)
+    found = choice.draw(logits, seen, torch.Generator())
+    assert torch.equal(found, choice.draw(logits.float(), seen, torch.Generator()))
+    assert torch.equal(found[:, 0], highest.int().argmax(dim=-1))
 
 
 # The repetition penalty.

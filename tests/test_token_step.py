@@ -58,12 +58,12 @@ def step(next_hidden, model, rows, dtype):
         model.hidden_states(ids, attention_mask=real.to(DEVICE), cache=cache)
         visible = torch.zeros(rows, 16, dtype=torch.bool, device=DEVICE)
         visible[:, :5] = real.to(DEVICE)
-        positions = real.sum(1, keepdim=True).to(DEVICE)
+        positions, table = real.sum(1).to(DEVICE), model.rotary_table(16)
         for at in (5, 6, 7):
             visible[:, at] = True
             token = tokens_of(model.config, rows, 1, seed=at).to(DEVICE)
             place = torch.tensor([at], device=DEVICE)
-            found.append(next_hidden(model, token, positions, visible, cache, place))
+            found.append(next_hidden(model, token, table[:, positions], visible, cache, place))
             positions = positions + 1
     return torch.stack(found).double().cpu()
 
