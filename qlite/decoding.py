@@ -2,17 +2,18 @@
 
 On a GPU a step is some hundred launches of microseconds, for which Python takes thirty times as long as they do. The first step
 of a decoder runs as usual, the others are replays of a CUDA graph; the choice of the token is part of it, and the host reads
-tokens CHUNK at a time. The decoder of the last call is kept, with its graph, until the model goes or is trained by `finetune`;
-the next call uses it if its tensors are where they were.
+tokens CHUNK at a time. The decoders of the last calls are kept, with their graphs, until the model goes or is trained by
+`finetune`; a call like one of those uses its decoder again if the model's tensors are where they were.
 
 A step may also be one over guesses at the next tokens (prompt_lookup.py), of which it gives those that are right.
 
-Not done here: a cache in pages, more than one decoder a model.
+Not done here: a cache in pages.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +29,8 @@ from qlite.graphs import capture_stream, why_not
 CHUNK = 8
 #: The cache holds a multiple of so many tokens, for the next call to find it long enough.
 LENGTHS = 256
+#: Decoders that are kept for a model, at most, and bytes of their caches together; one of more is kept alone.
+MOST_KEPT, KEPT_BYTES = 4, 2**28
 #: Tokens of a prompt, those of all rows together, that go through the model at a time: in Falcon-7B some two activations of
 #: 18,176 features and eight of 4,544 each, 1.2 GB in 16 bits. The products have long reached their speed.
 PREFILL = 8192
@@ -168,12 +171,14 @@ class Decoder:
         return [found[rows * step : rows * (step + 1)] for step in range(count)]
 
 
-_KEPT: weakref.WeakKeyDictionary[Falcon, tuple[Any, Decoder]] = weakref.WeakKeyDictionary()
+#: For each model its decoders by what they are known by, the one that was used last at the end.
+_KEPT: weakref.WeakKeyDictionary[Falcon, dict[Any, Decoder]] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
 def decoder(model: Falcon, batch: int, length: int, choice: Any, guesses: int = 0) -> Iterator[Decoder]:
-    """A decoder for at least `length` tokens a row: that of the last call where it still fits.
+    """A decoder for at least `length` tokens a row: one of an earlier call where it still fits.
 
     It is nobody else's meanwhile: a call from another thread, or from within, makes its own. It is kept afterwards if nothing
     was raised.
@@ -183,18 +188,31 @@ def decoder(model: Falcon, batch: int, length: int, choice: Any, guesses: int = 
     """
     length += guesses
     signature = (batch, choice, guesses, why_not(model), model.config, *_autocast(model), *_tensors(model), *_modules(model))
-    kept_signature, kept = _KEPT.pop(model, (None, None))
-    if kept is None or kept_signature != signature or kept.cache.max_length < length:
-        del kept  # before another takes as much
-        context = model.config.max_position_embeddings
-        kept = Decoder(model, batch, min(max(context, length), -(-length // LENGTHS) * LENGTHS), choice.draw, guesses)
-    yield kept
-    if kept.recordable:
-        _KEPT[model] = signature, kept
+    with _LOCK:
+        found = _KEPT.get(model, {}).pop(signature, None)
+    if found is None or found.cache.max_length < length:
+        del found  # before another takes as much
+        length = min(max(model.config.max_position_embeddings, length), -(-length // LENGTHS) * LENGTHS)
+        config, size = model.config, model.transformer.word_embeddings.weight.element_size()
+        _make_room(model, 2 * config.num_hidden_layers * batch * config.kv_heads * length * config.head_dim * size)
+        found = Decoder(model, batch, length, choice.draw, guesses)
+    yield found
+    if found.recordable:
+        _make_room(model, 2 * found.cache.keys.nbytes)
+        with _LOCK:
+            _KEPT.setdefault(model, {})[signature] = found
+
+
+def _make_room(model: Falcon, size: int) -> None:
+    """Frees the decoders of a model that were used longest ago, until there is room for one more, of so many bytes."""
+    with _LOCK:
+        kept = _KEPT.get(model, {})
+        while kept and (len(kept) >= MOST_KEPT or sum(2 * d.cache.keys.nbytes for d in kept.values()) + size > KEPT_BYTES):
+            del kept[next(iter(kept))]
 
 
 def forget(model: nn.Module) -> None:
-    """Frees what is kept for a model: the cache and the recording of its last call."""
+    """Frees what is kept for a model: the caches and the recordings of its last calls."""
     _KEPT.pop(model, None)  # type: ignore[call-overload]
 
 

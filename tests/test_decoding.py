@@ -163,6 +163,11 @@ def kept(monkeypatch):
     return decoding._KEPT
 
 
+def latest(model):
+    """Returns the decoder of the last call that has one to keep."""
+    return list(decoding._KEPT[model].values())[-1]
+
+
 def fresh(model, prompt, **options):
     decoding.forget(model)
     return qlite.generate(model, prompt, **options)
@@ -181,7 +186,7 @@ def test_a_call_that_was_interrupted_leaves_nothing_to_the_next(kept, after):
 
     with pytest.raises(KeyboardInterrupt):
         qlite.generate(model, [4, 5], **options, on_token=stop)
-    assert model not in kept and qlite.generate(model, [1, 2, 3], **options) == wanted
+    assert not kept[model] and qlite.generate(model, [1, 2, 3], **options) == wanted
 
 
 @pytest.mark.parametrize("choice", [CHOICE, dataclasses.replace(CHOICE, repetition_penalty=1.3)], ids=["plain", "penalty"])
@@ -223,16 +228,41 @@ def test_what_was_not_finite_is_gone_with_the_weight_that_made_it(kept):
 def test_what_python_holds_is_part_of_what_a_decoder_is_known_by(kept):
     model, options = talker(), {"max_new_tokens": 12, "eos_token_id": None}
     qlite.generate(model, [1, 2, 3], **options)
-    first = kept[model][1]
     model.transformer.ln_f.eps = 1.0
-    assert qlite.generate(model, [1, 2, 3], **options) == fresh(model, [1, 2, 3], **options)
-    assert kept[model][1] is not first
+    found = qlite.generate(model, [1, 2, 3], **options)
+    assert len(kept[model]) == 2 and found == fresh(model, [1, 2, 3], **options)
     model.config = dataclasses.replace(model.config, rope_theta=10.0)
-    assert qlite.generate(model, [1, 2, 3], **options) == fresh(model, [1, 2, 3], **options)
+    found = qlite.generate(model, [1, 2, 3], **options)
+    assert len(kept[model]) == 2 and found == fresh(model, [1, 2, 3], **options)
     handle = model.register_forward_hook(lambda *_: None)
     qlite.generate(model, [1, 2, 3], **options)
-    assert model not in kept
+    assert len(kept[model]) == 1
     handle.remove()
+
+
+def test_calls_of_several_sizes_find_their_decoders_again(kept, monkeypatch):
+    model, options = talker(), {"max_new_tokens": 12, "eos_token_id": None}
+    prompts = [[n, 2, 3] for n in range(1, 8)]
+    monkeypatch.setattr(decoding, "LENGTHS", 16)
+    made = {}
+    for rows in (1, 2, 3):
+        wanted = qlite.generate(model, prompts[:rows], **options)
+        made[rows] = latest(model), wanted
+    for rows in (2, 1, 3):
+        assert qlite.generate(model, prompts[:rows], **options) == made[rows][1]
+        assert latest(model) is made[rows][0]
+    # As many as are allowed, of which the one that was used longest ago goes; a longer one takes the place of a shorter.
+    for rows in (4, 5):
+        qlite.generate(model, prompts[:rows], **options)
+    assert [len(d.text) for d in kept[model].values()] == [1, 3, 4, 5]
+    qlite.generate(model, prompts[:4], **{**options, "max_new_tokens": 40})
+    assert [len(d.text) for d in kept[model].values()] == [1, 3, 5, 4]
+    # And no more memory than is allowed, but for one.
+    each = 2 * made[1][0].cache.keys.nbytes
+    monkeypatch.setattr(decoding, "KEPT_BYTES", 6 * each)
+    for rows, left in ((1, [1]), (3, [1, 3]), (2, [1, 3, 2]), (7, [7]), (1, [1])):
+        qlite.generate(model, prompts[:rows], **options)
+        assert [len(d.text) for d in kept[model].values()] == left
 
 
 @pytest.mark.parametrize("flavour", ["7b", "rw"])
@@ -255,13 +285,14 @@ def test_what_is_kept_for_one_adapter_is_not_used_for_another(kept):
                 parameter.add_(by)
         wanted[name] = fresh(model, [1, 2, 3], **options)
     assert len(set(map(tuple, wanted.values()))) == 3
-    steps = None
+    steps = {}
     for name in ("default", "second", "default", None, "second"):
         qlite.set_adapter(model, name)
         for _ in range(2):
             assert qlite.generate(model, [1, 2, 3], **options) == wanted[name]
-        assert kept[model][1] is not steps
-        steps = kept[model][1]
+        # Each has a decoder of its own, and finds it again.
+        assert steps.setdefault(name, latest(model)) is latest(model)
+    assert len(set(steps.values())) == 3
 
 
 def test_finetune_frees_what_is_kept(kept):
@@ -284,8 +315,7 @@ def test_recorded_steps_give_the_tokens_of_steps_that_are_not(flavour, options, 
     options = {**OPTIONS[options], "max_new_tokens": 21, "eos_token_id": None, "seed": 5}
     first = qlite.generate(model, PROMPTS[prompts], **options)
     again = qlite.generate(model, PROMPTS[prompts], **options)  # every step but the prefill is a replay
-    kept = decoding._KEPT.get(model)
-    assert (kept is not None and kept[1].graph is not None) is (flavour != "rw")
+    assert latest(model).graph is not None if flavour != "rw" else model not in decoding._KEPT
     monkeypatch.setattr(decoding, "why_not", lambda model: "a test")
     decoding._KEPT.pop(model, None)
     plain = qlite.generate(model, PROMPTS[prompts], **options)
@@ -298,14 +328,14 @@ def test_recorded_steps_give_the_tokens_of_steps_that_are_not(flavour, options, 
 def test_a_recording_is_used_again_and_follows_the_weights():
     model, prompt = talker(), [1, 2, 3]
     before = qlite.generate(model, prompt, max_new_tokens=12, eos_token_id=None)
-    steps = decoding._KEPT[model][1]
+    steps = latest(model)
     graph = steps.graph
-    assert qlite.generate(model, [4, 5], max_new_tokens=30, eos_token_id=None) and decoding._KEPT[model][1] is steps
+    assert qlite.generate(model, [4, 5], max_new_tokens=30, eos_token_id=None) and latest(model) is steps
     with torch.no_grad():
         for parameter in qlite.lora_parameters(model):
             parameter.add_(0.3)
     after = qlite.generate(model, prompt, max_new_tokens=12, eos_token_id=None)
-    assert decoding._KEPT[model][1].graph is graph and after != before
+    assert latest(model).graph is graph and after != before
     decoding._KEPT.pop(model)
     assert qlite.generate(model, prompt, max_new_tokens=12, eos_token_id=None) == after
 
@@ -319,7 +349,7 @@ def test_a_change_that_a_recording_would_miss_makes_a_new_one(change):
             parameter.add_(0.1)
     prompts = [[1, 2, 3]]
     qlite.generate(model, prompts, **options)
-    steps = decoding._KEPT[model][1]
+    steps = latest(model)
     first = next(module for module in model.modules() if isinstance(module, qlite.LoRALinear))
     if change == "scaling":
         first.scaling *= 5
@@ -332,7 +362,7 @@ def test_a_change_that_a_recording_would_miss_makes_a_new_one(change):
     else:
         options["repetition_penalty"] = 1.5
     found = qlite.generate(model, prompts, **options)
-    assert decoding._KEPT[model][1] is not steps
+    assert latest(model) is not steps
     decoding._KEPT.pop(model)
     assert qlite.generate(model, prompts, **options) == found
 

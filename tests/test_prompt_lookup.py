@@ -11,7 +11,7 @@ import qlite
 from qlite import decoding, prompt_lookup
 from qlite.data import ASSETS, encode_prompt
 from tests.falcons import FLAVOURS, falcon_configs, talker_of
-from tests.test_decoding import kept, talker  # noqa: F401  a fixture
+from tests.test_decoding import kept, latest, talker  # noqa: F401  a fixture
 from tests.test_generate import cycle_of, greedy_by_full_passes, prompts_of
 
 CUDA = torch.cuda.is_available()
@@ -140,9 +140,9 @@ def test_steps_that_are_read_by_the_chunk_are_kept_for_this_number_of_guesses(ke
     decoding.forget(model)
     for _ in range(2):
         assert [qlite.generate(model, prompt, prompt_lookup=guesses, **options) for prompt in prompts] == wanted
-    steps = kept[model][1]
+    steps = latest(model)
     assert steps.guesses == guesses and (steps.graph is not None) is CUDA
-    assert qlite.generate(model, prompts[0], **options) == wanted[0] and kept[model][1] is not steps
+    assert qlite.generate(model, prompts[0], **options) == wanted[0] and latest(model) is not steps
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
@@ -153,7 +153,7 @@ def test_steps_that_are_read_by_the_chunk_are_kept_for_this_number_of_guesses(ke
 def test_recorded_steps_over_guesses_give_the_tokens_of_steps_that_are_not(flavour, penalty, guesses, dtype, monkeypatch):
     model, options = talker(flavour, dtype), {"max_new_tokens": 45, "eos_token_id": None, "repetition_penalty": penalty}
     found = [qlite.generate(model, [1, 2, 3, 4, 1, 2], prompt_lookup=guesses, **options) for _ in range(2)]
-    assert (decoding._KEPT[model][1].graph is not None) if flavour != "rw" else model not in decoding._KEPT
+    assert (latest(model).graph is not None) if flavour != "rw" else model not in decoding._KEPT
     decoding.forget(model)
     monkeypatch.setattr(decoding, "why_not", lambda model: "a test")
     plain = qlite.generate(model, [1, 2, 3, 4, 1, 2], prompt_lookup=guesses, **options)
