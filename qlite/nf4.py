@@ -379,10 +379,13 @@ def dequantize(
     """
     rows = codes.shape[0]
     blocks = blocks_per_row(in_features, block_size)
-    pairs = levels[unpack(torch.arange(256, dtype=torch.uint8, device=levels.device)[:, None]).int()]  # (256, 2)
+    pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)  # of each byte, the high nibble first
     values = pairs.index_select(0, codes.reshape(-1).int()).view(rows, codes.shape[1] * 2)
-    values = torch.nn.functional.pad(values, (0, blocks * block_size - values.shape[1])).view(rows, blocks, block_size)
-    values = values * dequantize_absmax(absmax, absmax_scale, absmax_offset)[:, :, None]
+    if missing := blocks * block_size - values.shape[1]:
+        values = torch.nn.functional.pad(values, (0, missing))
+    values = values.view(rows, blocks, block_size)
+    # In place: on a CPU new memory costs more than the product.
+    values *= dequantize_absmax(absmax, absmax_scale, absmax_offset)[:, :, None]
     return values.to(dtype).view(rows, blocks * block_size)[:, :in_features].contiguous()
 
 
