@@ -215,7 +215,7 @@ class Linear4bit(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Returns (..., out_features) in the dtype of x (..., in_features)."""
         if keeps_decoded_weights() and x.shape[:-1].numel() > FEW_ROWS:
-            x = ops.activation(x, self.in_features, "Linear4bit")
+            x = ops.activation(x, self.in_features, self.weight.device, "Linear4bit")
             return nf4.linear(x, self.encoded().dequantize(x.dtype), self.bias)
         return ops.linear_nf4(x, self.encoded(), self.bias)
 

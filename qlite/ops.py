@@ -417,13 +417,19 @@ def quantize_int8(x: Tensor, *, zero_point: bool = False, per: str = "row", bloc
     return Int8Tensor(encoded[0], absmax, scale, zero, x.shape, x.dtype, columns)
 
 
-def activation(x: Tensor, in_features: int, caller: str) -> Tensor:
-    """Returns x, or under autocast x in its dtype; TypeError or ValueError where it is not (..., in_features) of numbers."""
+def activation(x: Tensor, in_features: int, device: torch.device, caller: str) -> Tensor:
+    """Returns x, or under autocast x in its dtype.
+
+    Raises:
+        TypeError: x is no floating-point tensor. ValueError: it is not (..., in_features), or not on the weight's device.
+    """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         found = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{caller}: x is {found}; wanted a floating-point tensor")
     if x.shape[-1:] != (in_features,):
         raise ValueError(f"{caller}: x has shape {tuple(x.shape)}; wanted (..., {in_features})")
+    if x.device != device:
+        raise ValueError(f"{caller}: x is on {x.device}, the weight on {device}; move one to the other with .to()")
     # A custom op is unknown to autocast: what autocast does to F.linear is done here. (Of a meta tensor it cannot be asked.)
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -440,7 +446,7 @@ def linear_nf4(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tens
         bias: (out_features,) or None.
 
     Raises:
-        ValueError: the shapes do not fit. TypeError: x is not floating point.
+        ValueError: the shapes do not fit, or the devices differ. TypeError: x is not floating point.
     """
     if len(weight.shape) != 2:
         raise ValueError(f"linear_nf4: weight has shape {tuple(weight.shape)}; wanted (out_features, in_features)")
@@ -449,7 +455,7 @@ def linear_nf4(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tens
             f"linear_nf4: {weight.codes.shape[0]} rows of codes for a weight of {weight.shape[0]}; wanted as many, or 1"
         )
     _check_bias(bias, weight.shape[0], "linear_nf4")
-    x = activation(x, weight.shape[1], "linear_nf4")
+    x = activation(x, weight.shape[1], weight.codes.device, "linear_nf4")
     coded = (weight.codes, weight.absmax, weight.absmax_scale, weight.absmax_offset, weight.levels)
     return _apply_linear_nf4(x, *coded, bias, weight.shape[0], weight.block_size)
 
@@ -470,12 +476,12 @@ def linear_int8(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = 
         absmax: float32 (out_features, 1). bias: (out_features,) or None.
 
     Raises:
-        ValueError: the shapes do not fit. TypeError: x is not floating point.
+        ValueError: the shapes do not fit, or the devices differ. TypeError: x is not floating point.
 
     Source: LLM.int8() (arXiv 2208.07339), section 3.1.
     """
     if absmax.shape != (codes.shape[0], 1):
         raise ValueError(f"linear_int8: absmax has shape {tuple(absmax.shape)}; wanted ({codes.shape[0]}, 1)")
     _check_bias(bias, codes.shape[0], "linear_int8")
-    x = activation(x, codes.shape[1], "linear_int8")
+    x = activation(x, codes.shape[1], codes.device, "linear_int8")
     return _apply_linear_int8(x, codes, absmax, bias, int8.is_dynamic(x))

@@ -275,7 +275,13 @@ def test_compiles_to_one_graph_with_equal_numbers_and_gradients(flat):
             ValueError,
             "2 rows of codes for a weight of 5; wanted as many, or 1",
         ),
+        (lambda q: ops.linear_nf4(torch.ones(2, 64, device="meta"), q), ValueError, "x is on meta, the weight on cpu"),
         (lambda q: ops.linear_int8(torch.ones(2), q.codes, torch.ones(5), None), ValueError, r"wanted \(5, 1\)"),
+        (
+            lambda q: ops.linear_int8(torch.ones(2, 3), torch.ones(5, 3, device="meta").char(), torch.ones(5, 1), None),
+            ValueError,
+            "x is on cpu, the weight on meta",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(call, error, words):

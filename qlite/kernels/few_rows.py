@@ -87,7 +87,7 @@ def _plain_range(
         if (step + 1 == steps) | (start == stop):
             store_sums(
                 total, place, m, m >= 0, group, step, program, programs, steps, total_steps, shape, rows, bias_ptr, y_ptr,
-                TALL, MODE, PARTS, BIAS, True,
+                TALL, MODE, PARTS, BIAS, True, TILE_M == 16,
             )  # fmt: skip
             total = tl.zeros([TALL, TILE_M], dtype=tl.float32)
         last = (step + 1 == steps).to(tl.int32)

@@ -164,7 +164,7 @@ def range_of_four(
                     )
                 store_sums(
                     tl.where(fits, value, float("nan")), place, m, written, group, step, program, programs, steps,
-                    total_steps, shape, rows, bias_ptr, y_ptr, TALL, MODE, PARTS, BIAS, False,
+                    total_steps, shape, rows, bias_ptr, y_ptr, TALL, MODE, PARTS, BIAS, False, False,
                 )  # fmt: skip
                 total = tl.zeros([WARPS * 8, 16], dtype=tl.float32)
             here = there

@@ -171,13 +171,15 @@ def range_of_sixteen(
             )
             totals = _add_step(totals, here, x, table, dynamic, offsets, MODE, PAIRS, SCALES, PRODUCT, FENCE)
             if (i + turn < stop) & ((last == 1) | (i + turn + 1 == stop)):
+                # Added to what the places are made of, or the compiler would keep all those in registers meanwhile.
+                zero = tl.inline_asm_elementwise(FENCE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
                 bit = tl.arange(0, 2)
                 further = bit[:, None, None] * 8 + bit[:, None] * 16
-                place = (warp * 32 + lane_row)[:, :, None, None, None] + further[None, None]
-                m = word[:, :, None, None, None] + bit[None, None, None, None, :] * 8
+                place = (warp * 32 + lane_row + zero)[:, :, None, None, None] + further[None, None]
+                m = (word + zero)[:, :, None, None, None] + bit[None, None, None, None, :] * 8
                 store_sums(
                     _side_by_side(totals, fits), place, m, m >= 0, group, step, program, programs, steps, total_steps, shape,
-                    rows, bias_ptr, y_ptr, 32 * WARPS, MODE, PARTS, BIAS, False,
+                    rows, bias_ptr, y_ptr, 32 * WARPS, MODE, PARTS, BIAS, False, True,
                 )  # fmt: skip
                 totals = _zeros(WARPS)
             here = there

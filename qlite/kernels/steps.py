@@ -59,9 +59,13 @@ def pairs_of(words, table, PAIRS: tl.constexpr):
 @triton.jit
 def store_sums(
     value, place, m, mask, group, step, program, programs, steps, total_steps, shape, rows, bias_ptr, y_ptr,
-    TALL: tl.constexpr, MODE: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, PLAIN: tl.constexpr,
+    TALL: tl.constexpr, MODE: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, PLAIN: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
-    """Writes the sums of a group, or of a program's part of one; `place` is a row in the group."""
+    """Writes the sums of a group, or of a program's part of one; `place` is a row in the group.
+
+    Args:
+        LOOP: parts that nobody has are written in a loop, which takes fewer registers than as many stores.
+    """
     groups0, rows0, rows1 = shape[0], shape[2], shape[3]
     place += group * TALL
     wide, limit = rows0, rows0
@@ -81,5 +85,9 @@ def store_sums(
         part = program - first
         tl.store(at + part * rows * wide, value, mask=mask)
         if step == steps - 1:
-            for other in tl.static_range(1, PARTS):
-                tl.store(at + other * rows * wide, tl.zeros_like(value), mask=mask & (m * 0 + other > part))
+            if LOOP:
+                for other in range(part + 1, PARTS):
+                    tl.store(at + other * rows * wide, tl.zeros_like(value), mask=mask)
+            else:
+                for other in tl.static_range(1, PARTS):
+                    tl.store(at + other * rows * wide, tl.zeros_like(value), mask=mask & (m * 0 + other > part))

@@ -249,6 +249,7 @@ def test_a_flat_layer_encodes_as_bitsandbytes_does_where_a_block_crosses_rows(sh
 @pytest.mark.parametrize(("shape", "block_size", "wrong"), [((3, 16), 32, True), ((4, 96), 64, True), ((4, 128), 64, False)])
 def test_bitsandbytes_on_the_cpu_decodes_its_own_codes_of_some_rows_by_the_absmax_of_another_block(shape, block_size, wrong):
     # Why its decoder is asked about one row above; docs/formats.md says so. Every second block is a hundred times as large.
+    wrong = wrong and torch.backends.cpu.get_cpu_capability() == "AVX512"  # for which it has code of its own
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight.view(-1)[(torch.arange(weight.numel()) // block_size) % 2 == 1] *= 100
     codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=block_size)

@@ -348,13 +348,12 @@ VARIANTS = {
     ),
     "few rows": few_rows(capabilities=TENSOR_CORES, budget=3.1),
     "few rows, whole groups": few_rows(tile=tiles.table((8, 0))[0][2], capabilities=TENSOR_CORES),
-    # What the sums' places are made of spills; a step has one or two of them.
-    "few rows, sixteen": few_rows(tile=SIXTEEN, capabilities=TENSOR_CORES, stack=48, budget=4.5),
+    "few rows, sixteen": few_rows(tile=SIXTEEN, capabilities=TENSOR_CORES),
     "few rows, early": few_rows(early=True, capabilities=(90,)),
     "few rows, columns split": few_rows(tile=dataclasses.replace(tiles.table((9, 0))[0][2], split=True), capabilities=(90,)),
     "few rows of two weights, stacked": few_rows(mode="STACKED", tile=STACKED, capabilities=TENSOR_CORES, budget=3.3),
-    "sixteen rows of two weights, stacked": few_rows(mode="STACKED", tile=STACKED_16, capabilities=TENSOR_CORES, stack=64),
-    "sixteen rows of two weights, summed": few_rows(mode="SUMMED", tile=SUMMED_16, capabilities=TENSOR_CORES, stack=64),
+    "sixteen rows of two weights, stacked": few_rows(mode="STACKED", tile=STACKED_16, capabilities=TENSOR_CORES),
+    "sixteen rows of two weights, summed": few_rows(mode="SUMMED", tile=SUMMED_16, capabilities=TENSOR_CORES),
     "few rows of two weights, summed": few_rows(mode="SUMMED", tile=SUMMED, capabilities=TENSOR_CORES, budget=3.5),
     "few rows' parts summed": Variant(
         "few_rows", "_sum_of_parts_kernel",
