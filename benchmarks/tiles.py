@@ -34,15 +34,15 @@ LAYERS = ("dense_h_to_4h", "query_key_value", "dense_4h_to_h")
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
 #: (warps, programs a multiprocessor, split, parts, registers)
 FEW = (
-    (4, 4, False, 4, 128), (4, 3, False, 4, 168), (8, 2, False, 4, 128), (4, 4, True, 4, 128), (4, 3, True, 4, 168),
+    (4, 4, False, 3, 128), (4, 3, False, 3, 168), (8, 2, False, 3, 128), (4, 4, True, 3, 128), (4, 3, True, 3, 168),
     (4, 4, True, 1, 128), (4, 3, True, 1, 168),
 )  # fmt: skip
 #: The same kernel for five to sixteen rows: (warps, programs a multiprocessor, parts, registers)
-SIXTEEN = ((4, 3, 5, 168), (4, 3, 9, 168), (4, 3, 14, 168), (4, 2, 5, None), (4, 2, 9, None), (8, 1, 9, None), (8, 1, 14, None))
+SIXTEEN = ((4, 3, 4, 168), (4, 3, 8, 168), (4, 3, 13, 168), (4, 2, 4, None), (4, 2, 8, None), (8, 1, 8, None), (8, 1, 13, None))
 #: Two weights at once, one to four rows: (warps, programs a multiprocessor, split, parts, registers)
 PAIRS_OF_FEW = (
-    (4, 3, False, 4, 168), (4, 3, False, 6, 168), (4, 3, False, 8, 168), (4, 3, True, 4, 168), (4, 4, True, 4, 128),
-    (4, 4, False, 8, 128), (4, 2, False, 6, None),
+    (4, 3, False, 3, 168), (4, 3, False, 5, 168), (4, 3, False, 7, 168), (4, 3, True, 3, 168), (4, 4, True, 3, 128),
+    (4, 4, False, 7, 128), (4, 2, False, 5, None),
 )  # fmt: skip
 PAIRS = {"stacked": ("query_key_value", "dense_h_to_4h"), "summed": ("dense", "dense_4h_to_h")}
 #: Rows of x -> (programs, warps, tile_n, tile_m, stages, two, scaled, sort)
@@ -100,7 +100,8 @@ def tiles_of(rows: int):
                 "few rows", programs * multiprocessors, warps, tile_m=16, split=False, parts=parts, registers=registers,
                 early=begun,
             )  # fmt: skip
-    for programs, warps, tile_n, tile_m, stages, two, scaled, sort in BATCH.get(rows, ()):
+    few = max(rows, 16) if rows > 4 else 0  # eight rows are padded to sixteen
+    for programs, warps, tile_n, tile_m, stages, two, scaled, sort in BATCH.get(few, ()):
         yield Tile("small batch", programs * multiprocessors, warps, tile_n, tile_m, stages, two, scaled, sort, early=begun)
 
 

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from qlite import prompt_lookup, token_step
 from qlite.falcon import Falcon, KVCache
-from qlite.graphs import capture_stream, why_not
+from qlite.graphs import RECORDING, capture_stream, why_not
 
 #: Steps between two looks of the host at the tokens, on a GPU. A row that has ended meanwhile goes on for nothing.
 CHUNK = 8
 #: The cache holds a multiple of so many tokens, for the next call to find it long enough.
 LENGTHS = 256
-#: Decoders that are kept for a model, at most, and bytes of their caches together; one of more is kept alone.
+#: Decoders that are kept for a model, at most, and bytes of their caches and recordings together; one of more is kept alone.
 MOST_KEPT, KEPT_BYTES = 4, 2**28
 #: Tokens of a prompt, those of all rows together, that go through the model at a time: in Falcon-7B some two activations of
 #: 18,176 features and eight of 4,544 each, 1.2 GB in 16 bits. The products have long reached their speed.
@@ -69,6 +69,7 @@ class Decoder:
         self.rotary = None if model.config.alibi else model.rotary_table(length)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False
+        self.nbytes = self.cache.keys.nbytes + self.cache.values.nbytes  # and what a recording takes, once there is one
 
     def prefill(self, ids: Tensor, real: Tensor, seed: int) -> list[int]:
         """Returns the first new token of each row.
@@ -129,9 +130,13 @@ class Decoder:
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        stream = capture_stream(self.text.device)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may go on
-            self._step()
+        device = self.text.device
+        with RECORDING:
+            before = torch.cuda.memory_reserved(device)
+            # Other threads may go on meanwhile.
+            with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):
+                self._step()
+            self.nbytes += max(0, torch.cuda.memory_reserved(device) - before)  # which are the graph's own
         self.graph = graph
 
     def _step(self) -> None:
@@ -194,26 +199,31 @@ def decoder(model: Falcon, batch: int, length: int, choice: Any, guesses: int = 
         del found  # before another takes as much
         length = min(max(model.config.max_position_embeddings, length), -(-length // LENGTHS) * LENGTHS)
         config, size = model.config, model.transformer.word_embeddings.weight.element_size()
-        _make_room(model, 2 * config.num_hidden_layers * batch * config.kv_heads * length * config.head_dim * size)
+        with _LOCK:
+            needed = 2 * config.num_hidden_layers * batch * config.kv_heads * length * config.head_dim * size
+            _make_room(_KEPT.get(model, {}), needed)
         found = Decoder(model, batch, length, choice.draw, guesses)
     yield found
     if found.recordable:
-        _make_room(model, 2 * found.cache.keys.nbytes)
         with _LOCK:
-            _KEPT.setdefault(model, {})[signature] = found
+            kept = _KEPT.setdefault(model, {})
+            other = kept.pop(signature, found)  # of a call from within, or beside this one
+            if other.cache.max_length > found.cache.max_length:
+                found = other
+            _make_room(kept, found.nbytes)
+            kept[signature] = found
 
 
-def _make_room(model: Falcon, size: int) -> None:
-    """Frees the decoders of a model that were used longest ago, until there is room for one more, of so many bytes."""
-    with _LOCK:
-        kept = _KEPT.get(model, {})
-        while kept and (len(kept) >= MOST_KEPT or sum(2 * d.cache.keys.nbytes for d in kept.values()) + size > KEPT_BYTES):
-            del kept[next(iter(kept))]
+def _make_room(kept: dict[Any, Decoder], size: int) -> None:
+    """Frees the decoders that were used longest ago, until there is room for one more, of so many bytes."""
+    while kept and (len(kept) >= MOST_KEPT or sum(decoder.nbytes for decoder in kept.values()) + size > KEPT_BYTES):
+        del kept[next(iter(kept))]
 
 
 def forget(model: nn.Module) -> None:
     """Frees what is kept for a model: the caches and the recordings of its last calls."""
-    _KEPT.pop(model, None)  # type: ignore[call-overload]
+    with _LOCK:
+        _KEPT.pop(model, None)  # type: ignore[call-overload]
 
 
 def _autocast(model: Falcon) -> tuple[bool, torch.dtype]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -89,6 +90,10 @@ def _hooked(model: nn.Module) -> Iterator[str]:
     for name, parameter in model.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             yield name
+
+
+#: Held by whoever records: of two at a time CUDA refuses one.
+RECORDING = threading.Lock()
 
 
 @functools.cache
@@ -187,7 +192,7 @@ class StepGraphs:
 
     def _record(self, static: _Static) -> None:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=capture_stream(self.device)):
+        with RECORDING, torch.cuda.graph(graph, pool=self.pool, stream=capture_stream(self.device)):
             try:
                 static.loss = self.run(static.input_ids, static.targets)
             finally:

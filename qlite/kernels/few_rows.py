@@ -183,6 +183,7 @@ def _launch(xs: list[Tensor], weights: list, mode: int, bias: Tensor | None, y: 
     others = [codes, absmax, scale, offset]
     if len(weights) == 2:
         others, _ = arguments(weights[1], None, block_size, xs[0].dtype)
+    early = begins_early(tile, *weights)
     warps, plain, sixteen = tile.warps, constants["PLAIN"], tile.tile_m == sixteen_rows.ROWS
     if sixteen:
         tall, chunks = sixteen_rows.TALL * warps, 1
@@ -197,7 +198,7 @@ def _launch(xs: list[Tensor], weights: list, mode: int, bias: Tensor | None, y: 
     elif mode == SUMMED:
         steps += triton.cdiv(blocks1, 2 * chunks)
     # So few that no group is the work of more programs than there are parts.
-    most = groups if tile.parts == 1 else min(groups * steps, groups * (tile.parts - 2))
+    most = groups if tile.parts == 1 else min(groups * steps, groups * (tile.parts - 1))
     rows, widths, unit = len(xs[0]), [x.shape[1] for x in xs], 2  # of x's elements in a word
     assembly, options = dict.fromkeys(("TABLE", "PAIRS", "RAW", "SCALES", "PRODUCT", "SUM", "FENCE"), ""), {}
     if not plain:
@@ -209,7 +210,7 @@ def _launch(xs: list[Tensor], weights: list, mode: int, bias: Tensor | None, y: 
             "PRODUCT": ptx.product_of_sixteen(dtype) if sixteen else ptx.product(dtype), "FENCE": ptx.FENCE,
         }  # fmt: skip
         xs = [sixteen_rows.packed(x).view(torch.int64) if sixteen else x.view(torch.int32) for x in xs]
-        options, unit = {"maxnreg": tile.registers, "launch_pdl": tile.early}, 1
+        options, unit = {"maxnreg": tile.registers, "launch_pdl": early}, 1
     _few_rows_kernel[(min(tile.programs, most),)](
         xs[0], codes, absmax, scale, offset, others[3], dynamic, levels, bias, y,
         _distance(codes, others[0]), _distance(xs[0], xs[-1]) // unit, _distance(absmax, others[1]),
@@ -217,9 +218,14 @@ def _launch(xs: list[Tensor], weights: list, mode: int, bias: Tensor | None, y: 
         rows, widths[0] // 2, widths[-1] // 2, groups0, steps0, out0, out1, blocks0, blocks1,
         absmax.shape[1], others[1].shape[1], steps, groups * steps,
         MODE=mode, SPLIT=tile.split, TALL=tall, CHUNKS=chunks, TILE_M=tile.tile_m, PARTS=tile.parts, WARPS=warps, **constants,
-        EARLY=tile.early and not plain, **assembly, LEVELS_AT=ptx.PAIRS, SUM_AT=ptx.PAIRS + ptx.LEVELS,
+        EARLY=early, **assembly, LEVELS_AT=ptx.PAIRS, SUM_AT=ptx.PAIRS + ptx.LEVELS,
         num_warps=warps, num_stages=1, enable_fp_fusion=True, **options,
     )  # fmt: skip
+
+
+def begins_early(tile: Tile, *weights: tuple) -> bool:
+    """Whether a launch may begin early: none of the parts that it reads before its wait is copied for it (tiles.early)."""
+    return tile.early and all(part is None or part.is_contiguous() for weight in weights for part in weight)
 
 
 def _distance(a: Tensor, b: Tensor) -> int:

@@ -48,10 +48,9 @@ def two_products(xs: list[Tensor], one: list[Tensor], other: list[Tensor], block
     stacked = len(xs) == 1
     weights = [tuple(w) if len(w) == 5 else (*w[:2], None, None, w[2]) for w in (one, other)]
     tile = tiles.two_products("stacked" if stacked else "summed", len(xs[0]), xs[0].device)
-    if tile is None:
+    if tile is None or any(w[0].data_ptr() % 16 for w in weights):
         products = [linear(x, *w, None, len(w[0]), block_size) for x, w in zip((xs[0], xs[-1]), weights)]
         return (torch.cat(products, dim=1)[None] if stacked else torch.stack(products)).float()
-    weights = [(aligned(w[0]), *w[1:]) for w in weights]
     return few_rows.multiply_two([aligned(x) for x in xs], weights, block_size, tile)
 
 

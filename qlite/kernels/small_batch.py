@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlite.kernels import ptx
-from qlite.kernels.few_rows import arguments
+from qlite.kernels.few_rows import arguments, begins_early
 from qlite.kernels.steps import pairs_of, round_to
 from qlite.kernels.tiles import Tile
 
@@ -122,7 +122,7 @@ def _column(place, WIDTH: tl.constexpr):
 def _sort_kernel(
     x_ptr, sorted_ptr, counters_ptr, count, counters, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):
-    """Puts the columns of x in the tensor core's order, and zeros in the counters."""
+    """Puts the columns of x in the tensor core's order, unless count is 0, and zeros in the counters."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -248,15 +248,14 @@ def multiply(x: Tensor, coded, bias: Tensor | None, block_size: int, tile: Tile)
     tiles_m = triton.cdiv(rows, tile.tile_m)
     total_steps = steps * tiles_m * triton.cdiv(out_features, tile.tile_n)
     programs = min(tile.programs, total_steps)
-    early, tiles = tile.early and not plain, total_steps // steps
+    early, tiles, unsorted = begins_early(tile, coded), total_steps // steps, x
     options = {"launch_pdl": True} if early else {}
+    counters, moved = torch.empty(tiles, dtype=torch.int32, device=device), 0
     if tile.sort:
-        counters, unsorted, x = torch.empty(tiles, dtype=torch.int32, device=device), x, torch.empty_like(x)
-        _sort_kernel[(triton.cdiv(max(x.numel(), tiles), 4096),)](
-            unsorted, x, counters, x.numel(), tiles, WIDTH=tile.width, BLOCK=4096, EARLY=early, num_warps=8, **options
-        )
-    else:
-        counters = torch.zeros(tiles, dtype=torch.int32, device=device)
+        x, moved = torch.empty_like(x), x.numel()
+    _sort_kernel[(triton.cdiv(max(moved, tiles), 4096),)](
+        unsorted, x, counters, moved, tiles, WIDTH=tile.width, BLOCK=4096, EARLY=early, num_warps=8, **options
+    )
     parts = torch.empty(2 * programs * tile.tile_n * tile.tile_m, dtype=torch.float32, device=device)
     _small_batch_kernel[(programs,)](
         x, *pointers, y, parts, counters, rows, out_features, in_features,

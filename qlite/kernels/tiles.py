@@ -25,9 +25,9 @@ class Tile:
         two: blocks of 64 columns a step are two. scaled: weights are scaled before the product, and rounded once.
         sort: the columns of x are put in the tensor core's order first, so that they can be read 16 bytes at a time.
         width: neighbouring columns of a thread in Triton's operand: 2 on capability 9.0, 4 before.
-        split: the warps of a program share the columns of 16 rows of the weight, instead of having rows each. parts: in
-            which results are left, more than there are programs that share a group of rows; 1: whole groups are dealt out.
-            registers: of a thread, at most. early: the launch begins while the one before it ends.
+        split: the warps of a program share the columns of 16 rows of the weight, instead of having rows each.
+        parts: in which results are left, as many as programs that share a group of rows or more; 1: whole groups are dealt out.
+        registers: of a thread, at most. early: the launch begins while the one before it ends.
     """
 
     method: str
@@ -71,10 +71,10 @@ _AMPERE = [
 ]
 #: The interpreter, where the tests are: small tiles, every branch.
 _INTERPRETED = [
-    (1, 0, Tile("few rows", 3, 4, split=False, parts=4)),
-    (2, 0, Tile("few rows", 5, 4, parts=3)),
+    (1, 0, Tile("few rows", 3, 4, split=False, parts=3)),
+    (2, 0, Tile("few rows", 5, 4, parts=2)),
     _FEW,
-    (8, 0, Tile("few rows", 3, 4, tile_m=16, split=False, parts=5)),
+    (8, 0, Tile("few rows", 3, 4, tile_m=16, split=False, parts=4)),
     (16, 0, Tile("small batch", 3, 4, 64, 16)),
     (32, 0, Tile("small batch", 2, 4, 64, 16, two=False, width=4)),
     (64, 0, Tile("small batch", 2, 4, 64, 32, scaled=True, sort=True)),
@@ -107,11 +107,11 @@ def table(capability: tuple[int, int]) -> list[tuple[int, int, Tile]]:
 _TWO = {
     "stacked": [
         (4, Tile("few rows", 3, 4, split=False, parts=4, registers=168)),
-        (16, Tile("few rows", 3, 4, tile_m=16, split=False, parts=5, registers=168)),
+        (16, Tile("few rows", 3, 4, tile_m=16, split=False, parts=4, registers=168)),
     ],
     "summed": [
         (4, Tile("few rows", 3, 4, split=False, parts=8, registers=168)),
-        (16, Tile("few rows", 3, 4, tile_m=16, split=False, parts=13, registers=168)),
+        (16, Tile("few rows", 3, 4, tile_m=16, split=False, parts=12, registers=168)),
     ],
 }
 
@@ -136,7 +136,7 @@ def linear_nf4(rows: int, shape: tuple[int, int], block_size: int, dtype: torch.
         if rows <= most and shape[0] * shape[1] >= least:
             tile = dataclasses.replace(tile, programs=tile.programs * multiprocessors)
             # Groups of 16 rows instead of 64, where the others would not keep all programs busy.
-            few = tile.parts > 1 and tile.tile_m == 4 and -(-shape[0] // (16 * tile.warps)) * (tile.parts - 2) < tile.programs
+            few = tile.parts > 1 and tile.tile_m == 4 and -(-shape[0] // (16 * tile.warps)) * (tile.parts - 1) < tile.programs
             return dataclasses.replace(tile, split=True) if few else tile
     return None
 

@@ -234,6 +234,11 @@ def int8_few_rows(capability, rows, dtype="*bf16", **rest):
     return int8("linear_int8", "_few_rows_kernel", signature, cut, warps=tile.warps, stages=tile.stages, **rest)
 
 
+SIXTEEN = tiles.Tile("few rows", 3, 4, tile_m=16, split=False, parts=4, registers=168)
+STACKED, SUMMED = (tiles.two_products(how, 4, torch.device("cpu")) for how in ("stacked", "summed"))
+STACKED_16, SUMMED_16 = (tiles.two_products(how, 16, torch.device("cpu")) for how in ("stacked", "summed"))
+
+
 def one_token_sums(capabilities=CAPABILITIES, **constants):
     strides = [name + "stride" for name in ("", "row_", "more_", "more_row_")]
     signature = {
@@ -241,7 +246,7 @@ def one_token_sums(capabilities=CAPABILITIES, **constants):
         **dict.fromkeys(("weight_ptr", "bias_ptr", "sum_ptr", "y_ptr"), "*bf16"),
         **dict.fromkeys(("columns", *strides), "i32"), "eps": "fp32",
     }  # fmt: skip
-    constants = {"PARTS": 8, "MORE": 1, "BLOCK": 8192, "PLAIN": False, "EARLY": False, **constants}
+    constants = {"PARTS": SUMMED.parts, "MORE": 1, "BLOCK": 8192, "PLAIN": False, "EARLY": False, **constants}
     aligned = tuple(name for name in signature if name != "eps")
     return Variant("one_token", "_add_norm_kernel", signature, constants, aligned, {"num_warps": 32}, capabilities=capabilities)
 
@@ -253,7 +258,8 @@ def between_products(capabilities=CAPABILITIES, dtype="*bf16", **constants):
     integers = dict.fromkeys((*names, "chunks", "kv_heads", "group", "length", "cos_stride", "ffn"), "i32")
     signature = {**pointers, "at_ptr": "*i64", "visible_ptr": "*i8", **integers, "scale": "fp32"}
     constants = {
-        "FUSED": 4, "MORE_FUSED": 1, "UP": 4, "MORE_UP": 0, "SIZE": 64, "HEADS": one_token.HEADS, "KEYS": one_token.KEYS,
+        "FUSED": STACKED.parts, "MORE_FUSED": 1, "UP": STACKED.parts, "MORE_UP": 0,
+        "SIZE": 64, "HEADS": one_token.HEADS, "KEYS": one_token.KEYS,
         "COLUMNS": one_token.COLUMNS,
         "PLAIN": False, "EARLY": False, **constants,
     }  # fmt: skip
@@ -309,9 +315,6 @@ TENSOR_CORES = tuple(capability for capability in CAPABILITIES if capability >= 
 #: the rows a tile it takes a tenth longer.
 BUDGETS = {16: 3.2, 32: 3.8, 64: 5.4, 128: 6.1, 256: 8.6}
 HOPPER, AMPERE = ({most: tile for most, _, tile in tiles.table(of) if tile.method == "small batch"} for of in ((9, 0), (8, 6)))
-SIXTEEN = tiles.Tile("few rows", 3, 4, tile_m=16, split=False, parts=5, registers=168)
-STACKED, SUMMED = (tiles.two_products(how, 4, torch.device("cpu")) for how in ("stacked", "summed"))
-STACKED_16, SUMMED_16 = (tiles.two_products(how, 16, torch.device("cpu")) for how in ("stacked", "summed"))
 VARIANTS = {
     "dequantize": dequantize(budget=9.2),
     "dequantize, absmax in float32": dequantize(absmax="*fp32", budget=7.1),
@@ -436,7 +439,10 @@ VARIANTS = {
     "attention and GELU of one token": between_products(TENSOR_CORES),
     "attention and GELU of one token, without tensor cores": between_products((75,), PLAIN=True, KEYS=one_token.FEWER_KEYS),
     "attention and GELU of one token, float32": between_products(TENSOR_CORES, dtype="*fp32", KEYS=one_token.FEWER_KEYS),
-    "attention and GELU of one token, many rows": between_products(TENSOR_CORES, KEYS=one_token.FEWER_KEYS),
+    "attention and GELU of one token, many rows": between_products(
+        TENSOR_CORES, KEYS=one_token.FEWER_KEYS, FUSED=STACKED_16.parts, UP=STACKED_16.parts
+    ),
+    "sums and LayerNorm of one token, many rows": one_token_sums(TENSOR_CORES, PARTS=SUMMED_16.parts),
     "attention and GELU of one token, early": between_products(EARLY=True, capabilities=(90,)),
     "int8, one row": int8_one_row(),
     "int8, one row of any length": int8_one_row(False),
