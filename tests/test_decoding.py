@@ -214,6 +214,20 @@ def test_calls_from_threads_and_from_within_have_decoders_of_their_own(kept):
         assert found == wanted * 5
 
 
+def test_of_calls_that_are_alike_and_overlap_the_longer_decoder_is_kept(kept, monkeypatch):
+    monkeypatch.setattr(decoding, "LENGTHS", 16)
+    model, lengths = talker(), []
+
+    def ask(new, inside=None):
+        qlite.generate(model, [1, 2, 3], max_new_tokens=new, eos_token_id=None, on_token=inside)
+        lengths.append(latest(model).cache.max_length)
+
+    ask(10, lambda row, token: lengths or ask(40))
+    ask(50, lambda row, token: len(lengths) > 2 or ask(10))
+    # The inner one ends first, and is kept then; of both the longer is left.
+    assert lengths == [48, 48, 16, 64] and len(kept[model]) == 1
+
+
 def test_what_was_not_finite_is_gone_with_the_weight_that_made_it(kept):
     model, options = talker(), {"max_new_tokens": 12, "eos_token_id": None}
     wanted, norm = fresh(model, [1, 2, 3], **options), model.transformer.h[0].input_layernorm.weight
