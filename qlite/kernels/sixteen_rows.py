@@ -142,6 +142,7 @@ def range_of_sixteen(
     EARLY: tl.constexpr, TABLE: tl.constexpr, PAIRS: tl.constexpr, RAW: tl.constexpr, SCALES: tl.constexpr,
     PRODUCT: tl.constexpr, FENCE: tl.constexpr, LEVELS_AT: tl.constexpr,
 ):  # fmt: skip
+    """Multiplies up to sixteen rows of x by steps `start` to `stop`, the first of them `step` of `group`; stores the sums."""
     table = tl.inline_asm_elementwise(TABLE, "=r,l,l", [levels_ptr, dynamic_ptr], dtype=tl.int32, is_pure=False, pack=1)
     lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
     thread = tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
