@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qlite.kernels.steps import SINGLE, SUMMED, locate, pairs_of, store_sums
+from qlite.kernels.steps import SINGLE, SUMMED, load_scales, locate, pairs_of, store_sums
 
 
 @triton.jit
@@ -40,15 +40,7 @@ def _load_step(
     high1 = tl.load(at + high * (blocks * 8) + 16, mask=inside1, other=0, eviction_policy="evict_first")
     # Scales are the thread's own numbers, no tensors: which thread has which is the matter of ptx.scales.
     own_block = min(own_chunk * 2 + lane % 4, blocks - 1) // RATIO
-    # Not pure: a load that may move would be moved behind the products that are to hide it.
-    raw = tl.inline_asm_elementwise(
-        RAW, "=&r,=&r,=&r,=&r,r,r,l,l",
-        [
-            min(own_row, rows - 1) * absmax_a_row + own_block, min(own_row + 8, rows - 1) * absmax_a_row + own_block,
-            absmax_ptr + far[2], scale_ptr + far[3],
-        ],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-    )  # fmt: skip
+    raw = load_scales(own_row, own_row + 8, rows, absmax_a_row, own_block, absmax_ptr + far[2], scale_ptr + far[3], RAW)
     return low0, high0, low1, high1, raw
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlite.kernels import tiles
-from qlite.kernels.steps import SINGLE, locate, pairs_of, store_sums
+from qlite.kernels.steps import SINGLE, load_scales, locate, pairs_of, store_sums
 
 #: Rows of x, and of the weight for each warp.
 ROWS, TALL = 16, 32
@@ -39,15 +39,7 @@ def _load_step(
     # Thread 4 g + j reads block j % 2 for row g, or g + 8 where j is 2 or 3, of both sixteens.
     own_row = group * (32 * WARPS) + warp_id * 32 + lane // 4 + lane % 4 // 2 * 8
     own_block = min(step * 2 + lane % 2, blocks - 1) // RATIO
-    # Not pure: a load that may move would be moved behind the products that are to hide it.
-    raw = tl.inline_asm_elementwise(
-        RAW, "=&r,=&r,=&r,=&r,r,r,l,l",
-        [
-            min(own_row, rows - 1) * absmax_a_row + own_block, min(own_row + 16, rows - 1) * absmax_a_row + own_block,
-            absmax_ptr + far[2], scale_ptr + far[3],
-        ],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-    )  # fmt: skip
+    raw = load_scales(own_row, own_row + 16, rows, absmax_a_row, own_block, absmax_ptr + far[2], scale_ptr + far[3], RAW)
     return first, second, raw
 
 

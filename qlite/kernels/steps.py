@@ -48,6 +48,17 @@ def locate(group, step, shape, deltas, MODE: tl.constexpr):
 
 
 @triton.jit
+def load_scales(one, other, rows, absmax_a_row, block, absmax_ptr, scale_ptr, RAW: tl.constexpr):
+    """Reads what a thread's scales are made of, those of a block of two rows: numbers of its own, no tensors."""
+    # Not pure: a load that may move would be moved behind the products that are to hide it.
+    return tl.inline_asm_elementwise(
+        RAW, "=&r,=&r,=&r,=&r,r,r,l,l",
+        [min(one, rows - 1) * absmax_a_row + block, min(other, rows - 1) * absmax_a_row + block, absmax_ptr, scale_ptr],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def pairs_of(words, table, PAIRS: tl.constexpr):
     """Returns the pairs of levels of the four bytes of each word, as the inline PTX of PAIRS looks them up in a table."""
     return tl.inline_asm_elementwise(

@@ -128,11 +128,11 @@ class Code:
                 heapq.heappush(queue, (length + 1, here + 1, here))
         raise ValueError("no way to the end")
 
-    def loops(self) -> list[list[str]]:
+    def loops(self, nested: bool = False) -> list[list[str]]:
         """Returns the instructions from the target of each backward branch to the branch, the longest first.
 
-        Of loops in loops the innermost. Slow paths stand after the end of the program and branch back into it: what has an
-        end in it is no loop.
+        Of loops in loops the innermost, unless `nested`. Slow paths stand after the end of the program and branch back into it:
+        what has an end in it is no loop.
         """
         lines, labels = self.instructions()
         found = []
@@ -141,7 +141,7 @@ class Code:
             body = range(labels[target[1]], place + 1) if target else range(0)
             if body and "EXIT" not in (lines[at] for at in body):
                 found.append(body)
-        inner = [body for body in found if not any(other != body and set(other) < set(body) for other in found)]
+        inner = [body for body in found if nested or not any(other != body and set(other) < set(body) for other in found)]
         return [[lines[at] for at in body] for body in sorted(inner, key=len, reverse=True)]
 
 

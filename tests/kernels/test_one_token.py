@@ -15,7 +15,7 @@ from tests.kernels.test_few_tokens import DEVICE, UNIT, draw
 from tests.strategies import DTYPES, tables
 
 pytest.importorskip("triton", reason="Triton is not built for this platform")
-from qlite.kernels import linear_nf4
+from qlite.kernels import few_rows, linear_nf4, tiles
 from qlite.kernels import one_token as kernels
 
 dtypes = st.sampled_from(DTYPES)
@@ -131,6 +131,36 @@ def test_two_products_are_those_of_float64(
     assert (
         (found.double().sum(0) - wanted).abs() <= (UNIT[dtype] + 2.0**-24 * 64 * (blocks0 + blocks1)) * 1.01 * size + 1e-7
     ).all()
+
+
+def encoded(out, columns, seed):
+    q = qlite.quantize_nf4(draw(out, columns, seed=seed))
+    return [q.codes, q.absmax, q.absmax_scale, q.absmax_offset, q.levels]
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("why", ["no tile", "an address that is no multiple of 16"])
+def test_two_products_that_no_launch_can_take_are_made_one_by_one(why, stacked, monkeypatch):
+    one, other = encoded(40, 128, 0), encoded(24 if stacked else 40, 128 if stacked else 192, 1)
+    xs = [draw(6, 128, dtype=torch.float16), draw(6, 192, dtype=torch.float16, seed=2)][: 1 if stacked else 2]
+    wanted = linear_nf4.two_products(xs, one, other, 64).sum(0)
+    if why == "no tile":
+        monkeypatch.setattr(tiles, "two_products", lambda *_: None)
+    else:
+        moved = torch.empty(other[0].numel() + 4, dtype=torch.uint8, device=DEVICE)[4:].view(other[0].shape)
+        other[0] = moved.copy_(other[0])
+    monkeypatch.setattr(few_rows, "multiply_two", lambda *_: pytest.fail("one launch"))
+    found = linear_nf4.two_products(xs, one, other, 64)
+    assert found.dtype == torch.float32 and len(found) == (1 if stacked else 2)
+    torch.testing.assert_close(found.sum(0), wanted, rtol=2**-9, atol=2**-9 * 192**0.5)  # a rounding of each product
+
+
+def test_nothing_begins_early_over_a_copy():
+    codes, absmax, *rest = encoded(40, 128, 0)
+    tile = tiles.Tile("few rows", 1, 4, early=True)
+    assert few_rows.begins_early(tile, (codes, absmax, *rest), (codes, absmax, None, None, rest[-1]))
+    strided = absmax.repeat(1, 2)[:, ::2]
+    assert not few_rows.begins_early(tile, (codes, absmax, *rest), (codes, strided, *rest))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the CUDA implementation of the op")

@@ -371,15 +371,17 @@ def test_a_sum_and_its_norm(early, dtype, monkeypatch):
     test(2, 1000, dtype, [10, 2], 3)
 
 
-@pytest.mark.parametrize(("dtype", "group", "length"), [
-    (torch.bfloat16, 17, 150), (torch.float32, 16, 70),
+@pytest.mark.parametrize(("batch", "dtype", "group", "length"), [
+    (2, torch.bfloat16, 17, 150), (2, torch.float32, 16, 70),
+    # Keys in several turns: of 256, and for more rows of 64.
+    (1, torch.bfloat16, 3, 700), (5, torch.bfloat16, 3, 150),
 ])  # fmt: skip
-def test_attention_and_gelu(dtype, group, length, monkeypatch):
+def test_attention_and_gelu(batch, dtype, group, length, monkeypatch):
     late = ("fused_ptr", "more_fused_ptr", "up_ptr", "more_up_ptr", "attended_ptr", "activated_ptr")  # not the cache
     on_the_machine(monkeypatch, one_token, {"_between_kernel": late})
     monkeypatch.setattr(tiles, "early", lambda device: True)
     test = test_one_token.test_attention_and_gelu_are_those_of_float64.hypothesis.inner_test
-    test(2, 1, group, 64, length, dtype, [4, 1], 3, True)
+    test(batch, 1, group, 64, length, dtype, [4, 1], 3, True)
 
 
 def test_the_norm_and_the_update_of_a_few_tokens(monkeypatch):
